@@ -1,0 +1,3 @@
+"""qurl: reinforcement learning with verifiable rewards on quantized rollouts."""
+
+__version__ = "0.1.0"

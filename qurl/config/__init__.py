@@ -1,0 +1,18 @@
+"""Structured configuration: one dataclass per group, defaults written once, here."""
+
+from qurl.config.algorithm import AdvantageConfig, Aggregation, AlgorithmConfig, CorrectionConfig, KLConfig, KLEstimator, PolicyLossConfig
+from qurl.config.data import DataConfig, DatasetConfig, OverlongPrompts
+from qurl.config.learner import LearnerConfig, LearnerDtype
+from qurl.config.model import ModelConfig
+from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, QuantizationConfig, UpdateAwareness
+from qurl.config.reward import RewardConfig
+from qurl.config.rollout import RolloutConfig
+from qurl.config.run import CheckpointConfig, ClusterConfig, Device, EvaluationConfig, LoggingConfig, TrainConfig, WandbMode
+from qurl.config.sync import SyncConfig
+
+__all__ = [
+    "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig", "DataConfig",
+    "DatasetConfig", "Device", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config", "KLConfig", "KLEstimator",
+    "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "OverlongPrompts", "PolicyLossConfig", "QuantizationConfig",
+    "RewardConfig", "RolloutConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+]

@@ -1,0 +1,25 @@
+"""The pool of vLLM engines and what it samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    """Sampling and engines."""
+
+    num_prompts_per_step: int = 32
+    num_samples_per_prompt: int = 8  # G
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all
+    max_response_tokens: int = 1024
+    stop_token_ids: list[int] = field(default_factory=list)  # besides the tokenizer's end of sequence
+    max_staleness: int = 0  # weight versions a sample may lag behind; 0: synchronous
+    num_engines: int = 1
+    tensor_parallel_size: int = 1
+    engine_args: dict[str, Any] = field(default_factory=dict)  # handed to vLLM under vLLM's names
+    engine_timeout_s: float = 300.0  # an engine that returns no token for so long is replaced
+    max_engine_restarts: int = 10  # over the run; then it stops

@@ -1,0 +1,1 @@
+"""Metric types and sinks: console, metrics.jsonl, wandb; rollout recorder; timeline; report."""

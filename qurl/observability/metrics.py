@@ -1,0 +1,133 @@
+"""Typed metrics, reduced once by the driver, and the one table of keys.
+
+A part of qurl returns `dict[str, Metric]`; the driver reduces what several ranks, engines or mini-batches reported to one float
+per key. The type says how: a mean keeps its weight, so means over unequal shares stay exact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A reported value; use one of the subclasses."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mean(Metric):
+    """Averaged with `weight` (the number of tokens, samples, ... the value is a mean over)."""
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Metric):
+    """Added up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Max(Metric):
+    """The largest wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Min(Metric):
+    """The smallest wins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Last(Metric):
+    """The last report wins."""
+
+
+METRICS: dict[str, str] = {
+    "reward/mean": "mean reward of the iteration's rollouts, errors excluded",
+    "reward/std_in_group": "mean over groups of the standard deviation of their rewards",
+    "reward/error_count": "reward calls that raised, hung or returned a non-finite number",
+    "reward/informative_group_fraction": "groups whose rewards are not all equal",
+    "accuracy/train": "rollouts with reward > 0",
+    "policy/loss": "policy loss, token-weighted",
+    "policy/kl_loss": "KL term to the reference policy, before its coefficient",
+    "policy/entropy": "mean entropy of the full-precision policy, nats per token",
+    "policy/grad_norm": "global gradient norm before clipping, mean over optimizer steps",
+    "policy/learning_rate": "learning rate of the last optimizer step",
+    "policy/clip_high_fraction": "tokens cut by the upper clip bound",
+    "policy/clip_low_fraction": "tokens cut by the lower clip bound",
+    "policy/kl_old_current": "k3 estimate of KL(old || current), nats per token",
+    "policy/num_optimizer_steps": "optimizer steps of the iteration",
+    "policy/tokens": "trained tokens of the iteration",
+    "policy/padding_fraction": "padding in the packed micro-batches",
+    "mismatch/kl_rollout_old": "k3 estimate of KL(rollout || old), nats per token",
+    "mismatch/ratio_max": "largest pi_old / pi_rollout of a token",
+    "mismatch/ratio_mean": "mean pi_old / pi_rollout",
+    "mismatch/abs_logprob_diff": "mean |log pi_old - log pi_rollout|",
+    "mismatch/truncated_fraction": "tokens with pi_old / pi_rollout > truncation",
+    "mismatch/ess_fraction": "effective sample size of the token weights over the number of tokens",
+    "acr/widened_fraction": "tokens whose upper clip bound ACR widened",
+    "acr/changed_fraction": "tokens whose gradient ACR changed against TIS (A > 0 and R between the two bounds)",
+    "quantization/sqnr_min_db": "worst signal-to-quantization-noise ratio of a weight matrix, dB",
+    "sync/encode_s": "encoding on the learner, slowest rank",
+    "sync/transfer_s": "moving buckets, slowest rank",
+    "sync/install_s": "verifying and installing, slowest engine",
+    "sync/bytes": "bytes of one weight update, per engine",
+    "sync/changed_code_fraction": "quantized codes that differ from the previous version",
+    "sync/retry_count": "weight updates sent again to an engine that rejected one",
+    "sync/weight_version": "version that the pool samples from",
+    "rollout/tokens_per_s": "sampled tokens per second of rollout time",
+    "rollout/num_tokens": "sampled tokens",
+    "rollout/response_length_mean": "tokens per response",
+    "rollout/response_length_max": "tokens of the longest response",
+    "rollout/truncated_fraction": "responses cut at max_response_tokens",
+    "rollout/staleness_max": "largest number of weight versions between sampling and training",
+    "rollout/redispatched_count": "prompts dispatched again after an engine was lost",
+    "rollout/engine_restart_count": "engines replaced since the start of the run",
+    "time/step_s": "wall time of the iteration",
+    "time/rollout_s": "waiting for rollouts",
+    "time/reward_s": "waiting for rewards after the last rollout of the batch arrived",
+    "time/logprob_s": "old and reference logprobs",
+    "time/update_s": "forward, backward, optimizer",
+    "time/sync_s": "weight update, first byte to last commit",
+    "time/eval_s": "evaluation",
+    "time/checkpoint_s": "checkpoint",
+    "time/idle_s": "the rest: orchestration",
+}
+"""Every key an iteration may log. Evaluations add `eval/<dataset>/avg_at_k` and `eval/<dataset>/response_length_mean`."""
+
+
+def check_key(key: str) -> None:
+    """Raises KeyError for a key that is not in the table."""
+    if key not in METRICS and not key.startswith("eval/"):
+        raise KeyError(f"metric {key!r} is not in qurl.observability.metrics.METRICS; add it there with a description")
+
+
+def reduce_metrics(reports: Iterable[Mapping[str, Metric]]) -> dict[str, float]:
+    """One float per key over all reports. A key reported with two types raises TypeError; an unknown key, KeyError."""
+    found: dict[str, list[Metric]] = {}
+    for report in reports:
+        for key, metric in report.items():
+            check_key(key)
+            found.setdefault(key, []).append(metric)
+    return {key: _reduce(key, metrics) for key, metrics in found.items()}
+
+
+def _reduce(key: str, metrics: list[Metric]) -> float:
+    kinds = {type(m) for m in metrics}
+    if len(kinds) != 1:
+        raise TypeError(f"metric {key!r} is reported as {sorted(k.__name__ for k in kinds)}; use one type")
+    values = [m.value for m in metrics]
+    first = metrics[0]
+    if isinstance(first, Mean):
+        weight = sum(m.weight for m in metrics if isinstance(m, Mean))
+        if weight == 0:
+            return 0.0
+        return sum(m.value * m.weight for m in metrics if isinstance(m, Mean)) / weight
+    if isinstance(first, Sum):
+        return float(sum(values))
+    if isinstance(first, Max):
+        return max(values)
+    if isinstance(first, Min):
+        return min(values)
+    return values[-1]

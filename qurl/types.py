@@ -1,0 +1,112 @@
+"""Records that cross a boundary between parts of qurl; no behavior beyond derived properties.
+
+    Prompt -> RolloutGroup[Rollout] -> ScoredGroup -> TrainingSample -> MicroBatch
+
+Everything is a Python list until packing; only a MicroBatch holds tensors. Four policies are never confused:
+`rollout_` the quantized policy that sampled, `old_` full precision at the same weight version, no prefix the policy being
+optimized, `ref_` the frozen reference. All logprobs are natural logarithms. Shapes: R response tokens, T tokens of one
+sequence, B rows of a micro-batch, L columns of a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # records must import where torch is absent
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One problem, rendered and tokenized."""
+
+    prompt_id: str  # unique and reproducible within a run, e.g. "e0-r000017"
+    token_ids: list[int]
+    text: str  # the rendered prompt, for people
+    ground_truth: str
+    data_source: str
+    extra: dict[str, Any] = field(default_factory=dict)  # what else the row carried, handed to the reward function
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sampled response."""
+
+    sample_index: int  # position in its group, 0..G-1
+    token_ids: list[int]  # [R] ends with the stop token where finish_reason is "stop"
+    rollout_logprobs: list[float]  # [R] nats, under the distribution really sampled from
+    weight_versions: list[int]  # [R] the weights that sampled each token
+    finish_reason: str  # "stop" | "length"
+    text: str  # detokenized response without special tokens
+    engine_id: str
+    seed: int
+
+    @property
+    def weight_version(self) -> int:
+        """Oldest weights that produced any token; -1 for an empty response."""
+        return min(self.weight_versions, default=-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """All G samples of one prompt, ordered by sample_index."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardResult:
+    """What the reward pool says of one response. Exactly one of value and error is set."""
+
+    value: float | None
+    error: str | None = None  # "timeout after 10 s", "ValueError: ..."; counted, never silently 0
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredGroup:
+    """A group with one reward result per rollout, in the same order."""
+
+    group: RolloutGroup
+    rewards: list[RewardResult]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSample:
+    """One sequence to train on; lists of length T (prompt, then response)."""
+
+    sample_id: str  # f"{prompt_id}/{sample_index}"
+    token_ids: list[int]
+    loss_mask: list[bool]  # True where the policy chose the token
+    rollout_logprobs: list[float]  # 0.0 where loss_mask is False
+    advantages: list[float]  # 0.0 where loss_mask is False
+    reward: float
+    weight_version: int  # oldest weights that produced any trained token
+
+
+@dataclass(kw_only=True, slots=True)
+class MicroBatch:
+    """Packed rows; several sequences may share a row. Position t of a tensor speaks of the token at t, i.e. logprobs[b, t] is
+    the logprob of input_ids[b, t] given what precedes it in the same sequence (0 where loss_mask is False)."""
+
+    input_ids: Tensor  # [B, L] int64, padding 0
+    position_ids: Tensor  # [B, L] int64, restarts at 0 with each sequence
+    segment_ids: Tensor  # [B, L] int64, index of the sequence in sample_indices, -1 on padding
+    loss_mask: Tensor  # [B, L] bool
+    rollout_logprobs: Tensor  # [B, L] float32
+    advantages: Tensor  # [B, L] float32
+    sample_indices: list[int]  # segment id -> index into the list of samples this batch was packed from
+    old_logprobs: Tensor | None = None  # [B, L] float32, filled by the learner before the update
+    ref_logprobs: Tensor | None = None  # [B, L] float32, filled by the learner when a KL term needs it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRecord:
+    """One wire tensor in the manifest of a weight update."""
+
+    name: str  # Hugging Face name, e.g. "model.layers.0.mlp.up_proj.weight_scale"
+    dtype: str  # "int8", "float8_e4m3fn", "bfloat16", "float32"
+    shape: tuple[int, ...]
+    num_bytes: int
+    fingerprint: int  # signed 64 bit, qurl.sync.fingerprint
