@@ -24,7 +24,7 @@ def resolve(table: Mapping[str, T], name: str, key: str) -> T:
     try:
         module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
     except (ImportError, OSError, SyntaxError) as error:
-        raise ValueError(f"{key}={name!r}: cannot import {module_name!r} ({error}); it must be importable from this folder") from error
+        raise ValueError(f"{key}={name!r}: cannot import {module_name!r} from this folder ({error})") from error
     if not hasattr(module, attribute):
         raise ValueError(f"{key}={name!r}: {module_name!r} has no attribute {attribute!r}")
     return getattr(module, attribute)

@@ -1,6 +1,14 @@
 """Structured configuration: one dataclass per group, defaults written once, here."""
 
-from qurl.config.algorithm import AdvantageConfig, Aggregation, AlgorithmConfig, CorrectionConfig, KLConfig, KLEstimator, PolicyLossConfig
+from qurl.config.algorithm import (
+    AdvantageConfig,
+    Aggregation,
+    AlgorithmConfig,
+    CorrectionConfig,
+    KLConfig,
+    KLEstimator,
+    PolicyLossConfig,
+)
 from qurl.config.data import DataConfig, DatasetConfig, OverlongPrompts
 from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import MISSING
-
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A Hugging Face causal language model."""
 
-    path: str = MISSING  # local folder or hub name
+    path: str = "???"  # local folder or hub name; "???" is OmegaConf's mark of a mandatory value
     revision: str | None = None
     tokenizer: str | None = None  # where it differs from path
     trust_remote_code: bool = False
