@@ -1,1 +1,1 @@
-""""""
+"""The rollout pool: vLLM engines as Ray actors, dispatch by load, replacement of lost engines."""

@@ -1,1 +1,1 @@
-""""""
+"""The driver: loop, buffer, weights, evaluation, checkpoint, resume."""

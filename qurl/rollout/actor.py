@@ -1,0 +1,91 @@
+"""The Ray shell around RolloutEngine."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+
+from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
+from qurl.rollout.engine import EngineStatus, RolloutEngine
+from qurl.rollout.request import GenerationRequest
+from qurl.types import Rollout, TensorRecord
+
+MAX_CONCURRENCY = 4096  # calls of one actor that may wait at the same time; a group of samples is one call
+
+
+class EngineActor:
+    """Async methods, so that status answers while the engine computes."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._engine = RolloutEngine(*args, **kwargs)
+
+    async def generate(self, request: GenerationRequest) -> list[Rollout]:
+        """All samples of one prompt, in sample order."""
+        return await asyncio.wrap_future(self._engine.generate(request))
+
+    async def begin_weight_update(self, version: int) -> None:
+        """See RolloutEngine."""
+        await asyncio.wrap_future(self._engine.begin_weight_update(version))
+
+    async def receive_bucket(self, bucket: Any) -> None:
+        """See RolloutEngine."""
+        await asyncio.wrap_future(self._engine.receive_bucket(bucket))
+
+    async def commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> Any:
+        """See RolloutEngine."""
+        return await asyncio.wrap_future(self._engine.commit_weight_update(version, manifest))
+
+    async def read_back(self, module_names: list[str]) -> dict[str, Any]:
+        """See RolloutEngine."""
+        return await asyncio.wrap_future(self._engine.read_back(module_names))
+
+    async def abort_all(self) -> None:
+        """See RolloutEngine."""
+        await asyncio.wrap_future(self._engine.abort_all())
+
+    async def status(self) -> EngineStatus:
+        """See RolloutEngine."""
+        return self._engine.status()
+
+
+def engine_environment(threads: int, device: str) -> dict[str, str]:
+    """Environment of an engine process; must be set before it starts (OpenMP reads it once).
+
+    A spinning OpenMP thread costs whoever shares its core a factor of ten and more, hence the short spin."""
+    env = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+    }
+    if device == "cpu":
+        env |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return env
+
+
+def start_engine_actor(
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    quantization: QuantizationConfig,
+    *,
+    engine_id: str,
+    max_model_len: int,
+    seed: int,
+    threads: int,
+    device: str,
+    num_gpus: float,
+    scheduling_strategy: Any = "DEFAULT",
+) -> Any:
+    """Handle of a new engine actor; construction goes on in the background (`ray.get(handle.status.remote())` waits for it)."""
+    options: dict[str, Any] = {
+        "num_cpus": 0,  # threads are split by qurl.config, not by Ray
+        "num_gpus": num_gpus,
+        "max_concurrency": MAX_CONCURRENCY,
+        "max_restarts": 0,  # the pool replaces engines: a restarted one would have no weights
+        "runtime_env": {"env_vars": engine_environment(threads, device)},
+        "scheduling_strategy": scheduling_strategy,
+    }
+    actor = ray.remote(EngineActor).options(**options)
+    return actor.remote(model, rollout, quantization, engine_id=engine_id, max_model_len=max_model_len, seed=seed)

@@ -1,0 +1,238 @@
+"""One vLLM engine with a thread of its own.
+
+vLLM's `LLMEngine` runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0): start-up takes seconds less than `AsyncLLM`, which always
+adds two processes, weight buckets reach the model without another copy, and "pause" is simply not to call `step()`. One thread
+owns the engine; everybody else hands it work through a queue and gets a future. Between two steps it takes what is queued, so
+requests join the running batch at once (continuous batching).
+
+Engine thread: consumes queued calls and sampled tokens, produces futures, waits for a call when nothing is running, woken by the queue."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
+from qurl.rollout.request import GenerationRequest
+from qurl.types import Rollout, TensorRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStatus:
+    """Answered at once, even while the engine thread hangs."""
+
+    engine_id: str
+    pid: int
+    num_running: int  # samples under way
+    num_tokens: int  # sampled since the start
+    busy_s: float  # seconds that the engine thread's current step or call has lasted; 0 where it waits for one
+    weight_version: int | None  # None: not ready to sample
+    waiting_for: list[str]  # request ids under way
+
+
+@dataclass(kw_only=True, slots=True)
+class _Pending:
+    """A request under way and the samples that are still missing."""
+
+    request: GenerationRequest
+    future: Future[list[Rollout]]
+    missing: int
+    rollouts: dict[int, Rollout] = field(default_factory=dict)
+
+
+class RolloutEngine:
+    """Samples from low-precision weights that arrive through the weight stream; samples nothing before the first commit."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        quantization: QuantizationConfig,
+        *,
+        engine_id: str,
+        max_model_len: int,
+        seed: int,
+    ):
+        self.engine_id = engine_id
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._pending: dict[str, _Pending] = {}
+        self._samples: dict[str, tuple[str, int]] = {}  # vLLM request id -> (request id, sample index)
+        self._version: int | None = None
+        self._num_tokens = 0
+        self._num_requests = 0
+        self._busy_since: float | None = None
+        self._stopping = False
+        started: Future[None] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started, model, rollout, quantization, max_model_len, seed), name=f"engine-{engine_id}", daemon=True
+        )
+        self._thread.start()
+        started.result()
+
+    # ---- called from any thread -------------------------------------------------------------------------------------
+
+    def generate(self, request: GenerationRequest) -> Future[list[Rollout]]:
+        """All samples of one prompt, in sample order. The future fails with ValueError where the prompt leaves no room."""
+        future: Future[list[Rollout]] = Future()
+        self._calls.put((lambda: self._add(request, future), Future()))
+        return future
+
+    def abort_all(self) -> Future[None]:
+        """Forget everything under way; the futures are cancelled."""
+        return self._call(self._abort_all)
+
+    def begin_weight_update(self, version: int) -> Future[None]:
+        """Stop sampling until the commit; requests under way keep their tokens and go on with the new weights."""
+        return self._call(lambda: self._begin_weight_update(version))
+
+    def receive_bucket(self, bucket: Any) -> Future[None]:
+        """Verify and install one bucket (qurl.sync.WireBucket)."""
+        return self._call(lambda: self._update_weights({"kind": "bucket", "payload": bucket}))
+
+    def commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> Future[float]:
+        """Check completeness, reset the prefix cache, take up sampling. Seconds spent installing since begin."""
+        return self._call(lambda: self._commit_weight_update(version, manifest))
+
+    def read_back(self, module_names: list[str]) -> Future[dict[str, Any]]:
+        """Decoded float32 weights that the engine really holds, for the audit and for tests."""
+        return self._call(lambda: self._engine.collective_rpc("qurl_read_back", args=(module_names,))[0])
+
+    def status(self) -> EngineStatus:
+        """Never blocks on the engine thread."""
+        busy_since = self._busy_since
+        return EngineStatus(
+            engine_id=self.engine_id,
+            pid=os.getpid(),
+            num_running=len(self._samples),
+            num_tokens=self._num_tokens,
+            busy_s=0.0 if busy_since is None else time.monotonic() - busy_since,
+            weight_version=self._version,
+            waiting_for=list(self._pending),
+        )
+
+    def close(self) -> None:
+        """End the engine thread."""
+        self._stopping = True
+        self._call(lambda: None)
+        self._thread.join(timeout=10)
+
+    def _call(self, function: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.put((function, future))
+        return future
+
+    # ---- the engine thread ------------------------------------------------------------------------------------------
+
+    def _run(self, started: Future[None], model, rollout, quantization, max_model_len: int, seed: int) -> None:
+        from qurl.rollout.vllm_engine import build_engine
+
+        try:
+            self._engine, self._sampling_params = build_engine(model, rollout, quantization, max_model_len=max_model_len, seed=seed)
+        except BaseException as error:  # whatever vLLM raises belongs to the caller of __init__
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        while not self._stopping:
+            self._take_calls()
+            if self._version is not None and self._samples:
+                self._busy_since = time.monotonic()
+                self._step()
+
+    def _take_calls(self) -> None:
+        """Run queued calls; waits for one where there is nothing to sample."""
+        idle = self._version is None or not self._samples
+        while True:
+            self._busy_since = None
+            try:
+                function, future = self._calls.get(block=idle)
+            except queue.Empty:
+                return
+            self._busy_since = time.monotonic()
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001 - a call's failure belongs to its caller, the thread lives on
+                future.set_exception(error)
+            idle = False
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            if output.finished:
+                self._finish_sample(output)
+
+    def _add(self, request: GenerationRequest, future: Future[list[Rollout]]) -> None:
+        try:
+            self._pending[request.request_id] = _Pending(request=request, future=future, missing=len(request.seeds))
+            for index, seed in enumerate(request.seeds):
+                self._num_requests += 1
+                name = f"{self._num_requests}"
+                params = self._sampling_params(request.sampling, seed)
+                self._engine.add_request(name, {"prompt_token_ids": request.token_ids}, params)
+                self._samples[name] = (request.request_id, index)
+        except ValueError as error:
+            self._drop(request.request_id)
+            future.set_exception(error)
+
+    def _drop(self, request_id: str) -> None:
+        names = [name for name, (owner, _) in self._samples.items() if owner == request_id]
+        self._engine.abort_request(names)
+        for name in names:
+            del self._samples[name]
+        self._pending.pop(request_id, None)
+
+    def _abort_all(self) -> None:
+        for request_id in list(self._pending):
+            future = self._pending[request_id].future
+            self._drop(request_id)
+            future.cancel()
+
+    def _finish_sample(self, output: Any) -> None:
+        request_id, index = self._samples.pop(output.request_id)
+        pending = self._pending[request_id]
+        completion = output.outputs[0]
+        token_ids = list(completion.token_ids)
+        self._num_tokens += len(token_ids)
+        versions = [int(span.version) for span in completion.weight_versions or () for _ in range(span.start, span.end)]
+        logprobs = list(completion.logprobs.logprobs)
+        assert len(versions) == len(token_ids) == len(logprobs), "vLLM labels and scores every token"
+        pending.rollouts[index] = Rollout(
+            sample_index=index,
+            token_ids=token_ids,
+            rollout_logprobs=logprobs,
+            weight_versions=versions,
+            finish_reason="length" if completion.finish_reason == "length" else "stop",
+            text="",
+            engine_id=self.engine_id,
+            seed=pending.request.seeds[index],
+        )
+        pending.missing -= 1
+        if pending.missing == 0:
+            del self._pending[request_id]
+            pending.future.set_result([pending.rollouts[i] for i in range(len(pending.request.seeds))])
+
+    def _begin_weight_update(self, version: int) -> None:
+        self._version = None
+        self._install_s = 0.0
+        self._engine.collective_rpc("start_weight_update")
+        self._update_weights({"kind": "begin", "version": version})
+
+    def _update_weights(self, message: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"message": message}})
+        self._install_s += time.perf_counter() - start
+
+    def _commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> float:
+        self._update_weights({"kind": "commit", "version": version, "manifest": manifest})
+        self._engine.collective_rpc("finish_weight_update")
+        self._engine.reset_prefix_cache(reset_running_requests=True)
+        self._engine.set_weight_version(str(version))
+        self._version = version
+        return self._install_s

@@ -1,0 +1,248 @@
+"""The pool: spreads prompts over engines by load, watches the engines, replaces those that die or hang.
+
+One queue feeds all engines. A prompt is handed to the engine with the fewest samples under way, and only while that engine has
+room, so a slow engine takes less and a dead one loses little. A prompt whose engine is lost goes back to the queue under the same
+request id and seeds; its future is resolved once, by whichever attempt ends first.
+
+Watcher task: consumes engine statuses, produces replacements, waits for POLL_S, woken by the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from qurl.config import RolloutConfig
+from qurl.rollout.request import GenerationRequest, Sampling, sample_seed
+from qurl.types import Prompt, Rollout, RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 2.0
+ROOM = 1.25  # samples handed to an engine, in multiples of max_num_seqs: the surplus waits inside vLLM and keeps its batch full
+DEFAULT_MAX_NUM_SEQS = 256  # vLLM's scheduler default; rollout.engine_args.max_num_seqs overrides it
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Engine:
+    engine_id: str
+    handle: Any
+    ready: bool = False  # holds the published weights
+    load: int = 0  # samples under way
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Work:
+    request: GenerationRequest
+    future: asyncio.Future[list[Rollout]]
+
+
+class PoolFailed(RuntimeError):
+    """More engines were lost than rollout.max_engine_restarts allows, or none starts."""
+
+
+class RolloutPool:
+    """Driver side; all methods run on one event loop.
+
+    start_actor: engine id -> Ray actor handle. `refresh(handle, adopt)` sends the published weights to one new engine and calls
+    adopt() before another update can begin, so that no engine is left out of one; it raises where the engine fails."""
+
+    def __init__(
+        self, config: RolloutConfig, start_actor: Callable[[str], Any], *, run_seed: int, decode: Callable[[list[int]], str]
+    ):
+        self._config = config
+        self._start_actor = start_actor
+        self._run_seed = run_seed
+        self._decode = decode
+        self._engines: list[_Engine] = []
+        self._queue: list[_Work] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._room = asyncio.Event()
+        self._num_started = 0
+        self._failure: PoolFailed | None = None
+        self.refresh: Callable[[Any, Callable[[], None]], Awaitable[None]] | None = None
+        self.num_restarts = 0
+        self.num_redispatched = 0
+        self._max_load = int(ROOM * int(config.engine_args.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS)))
+
+    async def start(self) -> None:
+        """Start all engines side by side and wait until they answer. Raises what the first failing one raised."""
+        engines = [self._new_engine() for _ in range(self._config.num_engines)]
+        await asyncio.gather(*(engine.handle.status.remote() for engine in engines))
+        self._engines = engines
+        self._spawn(self._watch())
+
+    async def close(self) -> None:
+        """Stop the tasks and kill the engines."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for engine in self._engines:
+            ray.kill(engine.handle)
+
+    @property
+    def handles(self) -> list[Any]:
+        """Engines that take part in the next weight update."""
+        return [engine.handle for engine in self._engines if not engine.lost.is_set()]
+
+    def mark_ready(self, failed: list[Any]) -> None:
+        """Called after a weight update: engines in `failed` are replaced, the others sample."""
+        for engine in list(self._engines):
+            if engine.handle in failed:
+                self._lose(engine, "it rejected the weight update")
+            else:
+                engine.ready = True
+        self._dispatch()
+
+    async def generate(self, prompt: Prompt, sampling: Sampling, num_samples: int, *, request_id: str) -> RolloutGroup:
+        """Sample a group. request_id: unique among requests under way; names the seeds. Raises PoolFailed or ValueError."""
+        seeds = [sample_seed(self._run_seed, request_id, index) for index in range(num_samples)]
+        request = GenerationRequest(request_id=request_id, token_ids=prompt.token_ids, seeds=seeds, sampling=sampling)
+        if self._failure is not None:
+            raise self._failure
+        work = _Work(request=request, future=asyncio.get_running_loop().create_future())
+        self._queue.append(work)
+        self._dispatch()
+        rollouts = await work.future
+        texts = [self._decode(rollout.token_ids) for rollout in rollouts]
+        return RolloutGroup(prompt=prompt, rollouts=[replace(r, text=t) for r, t in zip(rollouts, texts, strict=True)])
+
+    def waiting_for(self) -> str:
+        """Who everyone waits for, for the stall message."""
+        busy = [f"engine {e.engine_id} ({e.load} samples)" for e in self._engines if e.load]
+        starting = [f"engine {e.engine_id} (no weights yet)" for e in self._engines if not e.ready]
+        return ", ".join(busy + starting + [f"{len(self._queue)} prompts not dispatched"])
+
+    # ---- dispatch ---------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        """Hand out what is queued, oldest first, to the least loaded engine that has room."""
+        while self._queue:
+            if self._queue[0].future.done():  # cancelled by its caller
+                self._queue.pop(0)
+                continue
+            engines = [e for e in self._engines if e.ready and not e.lost.is_set() and e.load < self._max_load]
+            if not engines:
+                return
+            work = self._queue.pop(0)
+            engine = min(engines, key=lambda e: e.load)
+            engine.load += len(work.request.seeds)
+            self._spawn(self._run(work, engine))
+
+    async def _run(self, work: _Work, engine: _Engine) -> None:
+        call = asyncio.ensure_future(engine.handle.generate.remote(work.request))
+        lost = asyncio.ensure_future(engine.lost.wait())
+        try:
+            await asyncio.wait({call, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                self._redispatch(work)
+            elif (error := call.exception()) is None:
+                if not work.future.done():
+                    work.future.set_result(call.result())
+            elif isinstance(error, RayActorError):
+                self._lose(engine, "its process died")
+                self._redispatch(work)
+            elif not work.future.done():
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                work.future.set_exception(cause if isinstance(cause, ValueError) else error)
+        finally:
+            lost.cancel()
+            call.cancel()
+            engine.load -= len(work.request.seeds)
+            self._dispatch()
+
+    def _redispatch(self, work: _Work) -> None:
+        if not work.future.done():
+            self.num_redispatched += 1
+            self._queue.insert(0, work)
+
+    # ---- health -----------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            await asyncio.gather(*(self._check(engine) for engine in list(self._engines) if not engine.lost.is_set()))
+
+    async def _check(self, engine: _Engine) -> None:
+        limit = self._config.engine_timeout_s
+        try:
+            status = await asyncio.wait_for(_as_future(engine.handle.status.remote()), timeout=limit)
+        except TimeoutError:
+            self._lose(engine, f"it did not answer for {limit:g} s")
+            return
+        except RayError as error:
+            self._lose(engine, f"its process died ({type(error).__name__})")
+            return
+        if status.busy_s > limit:
+            self._lose(engine, f"one step has lasted {status.busy_s:.0f} s (rollout.engine_timeout_s={limit:g})")
+
+    def _lose(self, engine: _Engine, reason: str) -> None:
+        """Kill an engine and start its successor; once per engine."""
+        if engine.lost.is_set():
+            return
+        engine.lost.set()
+        engine.ready = False
+        if engine in self._engines:
+            self._engines.remove(engine)
+        ray.kill(engine.handle)
+        self.num_restarts += 1
+        if self.num_restarts > self._config.max_engine_restarts:
+            self._fail(f"engine {engine.engine_id} was lost: {reason}; rollout.max_engine_restarts="
+                       f"{self._config.max_engine_restarts} is used up")  # fmt: skip
+            return
+        logger.warning("engine %s was lost: %s; starting another", engine.engine_id, reason)
+        self._spawn(self._replace())
+
+    async def _replace(self) -> None:
+        engine = self._new_engine()
+        try:
+            await engine.handle.status.remote()
+            assert self.refresh is not None, "the trainer sets refresh before anything is sampled"
+            await self.refresh(engine.handle, lambda: self._adopt(engine))
+        except (RayError, RuntimeError) as error:
+            self._lose(engine, f"it did not start ({error})")
+
+    def _adopt(self, engine: _Engine) -> None:
+        engine.ready = True
+        self._engines.append(engine)
+        logger.warning("engine %s has taken over", engine.engine_id)
+        self._dispatch()
+
+    def _new_engine(self) -> _Engine:
+        engine_id = str(self._num_started)
+        self._num_started += 1
+        return _Engine(engine_id=engine_id, handle=self._start_actor(engine_id))
+
+    def _fail(self, message: str) -> None:
+        self._failure = PoolFailed(message)
+        logger.error("%s", message)
+        for work in self._queue:
+            if not work.future.done():
+                work.future.set_exception(self._failure)
+        self._queue.clear()
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _as_future(ref: Any) -> Any:
+    return await ref
+
+
+def training_sampling(config: RolloutConfig, stop_token_ids: list[int]) -> Sampling:
+    """What training samples with."""
+    return Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=config.max_response_tokens,
+        stop_token_ids=tuple(sorted({*stop_token_ids, *config.stop_token_ids})),
+    )

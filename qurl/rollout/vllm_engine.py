@@ -1,0 +1,66 @@
+"""vLLM's engine with the arguments a policy gradient needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
+from qurl.rollout.request import Sampling
+
+CONTROLLED_ARGS = frozenset({
+    "model", "revision", "tokenizer", "quantization", "hf_overrides", "load_format", "logprobs_mode", "generation_config",
+    "tensor_parallel_size", "skip_tokenizer_init", "weight_transfer_config", "seed",
+})  # fmt: skip
+"""Engine arguments that qurl sets itself; `rollout.engine_args` must not name them."""
+
+CPU_KV_CACHE_BYTES = 1 << 30
+
+
+def build_engine(
+    model: ModelConfig, rollout: RolloutConfig, quantization: QuantizationConfig, *, max_model_len: int, seed: int
+) -> tuple[Any, Callable[[Sampling, int], Any]]:
+    """An in-process LLMEngine without real weights (they come through the weight stream), and a maker of SamplingParams.
+
+    Raises ValueError where engine_args names an argument that qurl controls; what vLLM raises passes through."""
+    import torch
+    from vllm import EngineArgs, LLMEngine, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from qurl.vllm_plugin import engine_args as plugin_engine_args
+
+    taken = CONTROLLED_ARGS & set(rollout.engine_args)
+    if taken:
+        raise ValueError(f"rollout.engine_args.{sorted(taken)[0]} is set by qurl itself; remove it")
+    defaults: dict[str, Any] = {"max_model_len": max_model_len, "disable_log_stats": True}
+    if not torch.cuda.is_available():
+        defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+    args = EngineArgs(
+        model=model.path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        skip_tokenizer_init=True,  # token ids in, token ids out; the pool detokenizes
+        load_format="dummy",
+        logprobs_mode="processed_logprobs",  # the distribution really sampled from, whatever the temperature
+        generation_config="vllm",  # nothing implicit from generation_config.json
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        seed=seed,
+        **plugin_engine_args(quantization.format, quantization.ignore),
+        **(defaults | rollout.engine_args),
+    )
+
+    def sampling_params(sampling: Sampling, sample_seed: int) -> Any:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            seed=sample_seed,
+            logprobs=0,  # the sampled token's own
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    return LLMEngine.from_engine_args(args), sampling_params

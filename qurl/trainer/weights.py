@@ -1,0 +1,52 @@
+"""Who holds which weights: the one place that moves them from the learner to the pool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from qurl.learner.group import LearnerGroup
+from qurl.observability.metrics import Metric
+from qurl.rollout.pool import RolloutPool
+from qurl.sync.publisher import publish
+
+
+class PublishedWeights:
+    """Version that the pool samples from, and the lock under which learner and pool change together.
+
+    The learner trains and publishes under the lock; a replaced engine is brought up to date under the same lock. So an engine
+    only ever receives weights of the published version, and none that joins is left out of the next update."""
+
+    def __init__(self, learner: LearnerGroup, pool: RolloutPool):
+        self.version = -1  # nothing published yet
+        self.lock = asyncio.Lock()
+        self.changed = asyncio.Condition()
+        self._learner = learner
+        self._pool = pool
+        pool.refresh = self.refresh
+
+    async def publish(self, version: int) -> dict[str, Metric]:
+        """Send the learner's weights to every engine as `version`; the caller holds the lock. Engines that reject are replaced.
+
+        Raises SyncError where no engine is left that took them and none can be replaced."""
+        report = await publish(version, self._learner, self._pool.handles)
+        async with self.changed:
+            self.version = version
+            self.changed.notify_all()
+        self._pool.mark_ready(report.failed_engines)
+        return report.metrics
+
+    async def refresh(self, engine: Any, adopt: Callable[[], None]) -> None:
+        """Bring one new engine to the published version. Raises RuntimeError where it rejects it."""
+        async with self.lock:
+            if self.version >= 0:
+                report = await publish(self.version, self._learner, [engine], full=True)
+                if report.failed_engines:
+                    raise RuntimeError("the new engine rejected the published weights")
+            adopt()
+
+    async def wait_for(self, version: int) -> None:
+        """Return once `version` or a later one is published."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.version >= version)
