@@ -1,0 +1,187 @@
+"""Hydra composition at the edge: overrides in, plain dataclasses out.
+
+Defaults live on the dataclasses; a YAML in configs/ holds differences. Everything below this module sees `TrainConfig`, never a
+`DictConfig`. Two liberties over plain Hydra: a key below a dictionary field needs no `+` (`rollout.engine_args.enforce_eager=true`),
+and `recipe=` takes the path of a YAML as well as a name, so the saved config.yaml of a run is a recipe too."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, QuantizationConfig
+from qurl.config.run import TrainConfig
+from qurl.errors import ConfigError
+
+SCHEMAS = {"none": QuantizationConfig, "int8": Int8Config, "fp8": Fp8Config, "fp8_block": Fp8BlockConfig}
+"""Options of the group `quantization` and their dataclasses."""
+
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def assets_dir(name: str) -> Path:
+    """The folder `configs` or `recipes`: packed into an installed wheel, else at the root of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    packed = package / f"_{name}"
+    return packed if packed.is_dir() else package.parent / name
+
+
+def compose(overrides: Sequence[str]) -> TrainConfig:
+    """The configuration that `overrides` describe, in Hydra's grammar. Raises ConfigError, in one line, for anything wrong."""
+    _store_schemas()
+    try:
+        parsed = [_parse(line) for line in overrides]
+        _check_keys(parsed)
+        with initialize_config_dir(str(assets_dir("configs")), version_base="1.3"):
+            composed = hydra_compose("train", overrides=[_normalize(o) for o in parsed])
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def group_options(group: str) -> list[str]:
+    """Names that a configuration group accepts, e.g. `quantization` -> fp8, fp8_block, int8, none."""
+    return sorted(path.stem for path in (assets_dir("configs") / group).glob("*.yaml"))
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML; `recipe=<path>` composes it again."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read what save_config wrote. Raises ConfigError for a missing or foreign file."""
+    return compose([f"recipe='{path}'"])
+
+
+def _store_schemas() -> None:
+    store = ConfigStore.instance()
+    store.store(group="schema", name="train", node=TrainConfig)
+    for name, node in SCHEMAS.items():
+        store.store(group="schema/quantization", name=name, node=node)
+
+
+def _parse(line: str) -> Override:
+    """One override by Hydra's grammar; its errors do not name the override."""
+    try:
+        override = OverridesParser.create().parse_override(line)
+    except HydraException as error:
+        raise ConfigError(f"cannot read override {line!r}: write key=value, and quote values with spaces or = : key='a=b'") from error
+    if override.type is OverrideType.DEL:
+        raise ConfigError(f"{line}: keys cannot be deleted; set a value, or null where the key allows it")
+    return override
+
+
+def _check_keys(parsed: list[Override]) -> None:
+    """Refuse unknown keys. Hydra would accept `+typo=1` and answer a plain typo with advice to add it."""
+    valid = set(valid_keys())
+    groups = {path.name for path in assets_dir("configs").iterdir() if path.is_dir()}
+    for override in parsed:
+        key = override.key_or_group
+        if key in groups:
+            _check_option(key, str(override.value()))
+        elif key not in valid | groups and _dict_field(key) is None:
+            raise ConfigError(f"{override.input_line}: unknown key {key!r}{_near(key, valid | groups)}")
+
+
+def _check_option(group: str, name: str) -> None:
+    """Refuse an option that the group does not have; a recipe may also be the path of a YAML."""
+    options = group_options(group)
+    if name in [*options, "None"] or (group == "recipe" and name.endswith(YAML_SUFFIXES)):
+        return
+    also = ", or the path of a YAML" if group == "recipe" else ""
+    raise ConfigError(f"{group}={name} is not an option; use one of {', '.join(options)}{also}")
+
+
+def _normalize(override: Override) -> str:
+    """One override as Hydra wants it: entries of dictionary fields are merged in, a recipe's path becomes a stored config."""
+    key, line = override.key_or_group, override.input_line or ""
+    field = _dict_field(key)
+    if field is not None:
+        value = override.get_value_element_as_str()
+        for part in reversed(key.removeprefix(field).lstrip(".").split(".")):
+            value = f"{{{part}:{value}}}" if part else value
+        return f"++{field}={value}"
+    if key == "recipe" and str(override.value()).endswith(YAML_SUFFIXES):
+        return f"recipe={_store_recipe(Path(str(override.value())))}"
+    return line
+
+
+def _store_recipe(path: Path) -> str:
+    """Make a YAML outside the package an option of the group `recipe` and return its name there."""
+    try:
+        content = OmegaConf.load(path)
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe={path} cannot be read: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(content):
+        raise ConfigError(f"recipe={path} is not a mapping of configuration keys")
+    name = "file_" + re.sub(r"\W", "_", str(path))
+    ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_")
+    return name
+
+
+def valid_keys(kind: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a configuration dataclass, groups included."""
+    for name, hint in typing.get_type_hints(kind).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(hint):
+            yield from valid_keys(hint, f"{prefix}{name}.")
+
+
+def _dict_field(key: str, kind: Any = TrainConfig, prefix: str = "") -> str | None:
+    """The dictionary field that `key` is or lies below, such as rollout.engine_args; None where there is none."""
+    head, _, rest = key.partition(".")
+    hint = typing.get_type_hints(kind).get(head)
+    if typing.get_origin(hint) is dict:
+        return prefix + head
+    return _dict_field(rest, hint, f"{prefix}{head}.") if dataclasses.is_dataclass(hint) and rest else None
+
+
+def _near(key: str, valid: set[str]) -> str:
+    """'; did you mean ...', or the keys of the nearest section."""
+    near = difflib.get_close_matches(key, sorted(valid), n=3, cutoff=0.6)
+    leaf = key.rpartition(".")[2]
+    near += [other for other in sorted(valid) if other.rpartition(".")[2] == leaf and other not in near]
+    if near:
+        return f"; did you mean {' or '.join(near[:3])}?"
+    section = key.rpartition(".")[0]
+    siblings = sorted(k for k in valid if k.rpartition(".")[0] == (section if section in valid else ""))
+    return f"; {section if section in valid else 'the configuration'} has {', '.join(siblings)}"
+
+
+def _explain(error: BaseException, overrides: Sequence[str]) -> str:
+    """One line for a Hydra or OmegaConf error: the key, what was given, what would work."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+        group, _, name = str(cause.missing_cfg_file).rpartition("/")
+        return f"{group}={name} is not an option; use one of {', '.join(group_options(group))}"
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key} is not set; give {cause.full_key}=<folder or hub name>, or a recipe such as recipe=quickstart"
+    if not isinstance(cause, OmegaConfBaseException):
+        return " ".join(str(cause).split())
+    key = str(cause.full_key or "")
+    told = str(cause).splitlines()[0]
+    given = [text for text in overrides if text.lstrip("+~").partition("=")[0] == key]
+    where = given[0] if given else key
+    if "not in" in told or "has no" in told:
+        return f"{where}: unknown key {key!r}{_near(key, set(valid_keys()))}"
+    return f"{where}: {told}"
