@@ -1,0 +1,96 @@
+"""What a quantization format is.
+
+A format turns one full-precision weight matrix into the tensors that travel to the engines and lie there ("wire tensors"), and
+states the arithmetic an engine performs with them. The same object serves the learner (encode), the audit of an engine (decode)
+and the tests of an engine's kernels (quantize_activations, linear), so all of them mean the same numbers.
+
+Wire tensors are keyed by suffix: "weight" holds the codes and "weight_scale" the scales; the full name on the wire is
+f"{module}.{suffix}". Scales are kept at or above a tiny positive floor, so a row of zeros needs no special case: its codes are 0
+and it decodes to exact zeros."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""Floor of weight scales: the smallest normal float32, whose reciprocal is finite."""
+
+
+class QuantizationFormat(ABC):
+    """Weights and activations of one linear layer in low precision. O: output features, I: input features."""
+
+    name: ClassVar[str]
+    scheme: ClassVar[dict[str, Any] | None] = None
+    """compressed-tensors' words for the format: `format`, `weights`, `input_activations`; None where it has none."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Wire tensors, by suffix, of a weight [O, I] of any floating dtype, layout and device; they are on the same device.
+
+        Raises ValueError where the weight is not a matrix of finite floating-point numbers."""
+
+    @abstractmethod
+    def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
+        """The weight that the wire tensors stand for; [O, I] float32."""
+
+    @abstractmethod
+    def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [..., I] and float32 scales [..., number of groups in a row] of activations [..., I]."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, wire: Mapping[str, Tensor], bias: Tensor | None = None) -> Tensor:
+        """What an engine computes: x [..., I] -> [..., O] in x's dtype. Accumulates and scales in float32 or better; the
+        engine's own order of summation may differ in the last bits."""
+
+    @abstractmethod
+    def bits_per_weight(self, shape: Sequence[int]) -> float:
+        """Bits on the wire, scales included, over the number of weights of a matrix of shape (O, I)."""
+
+    def compressed_tensors_config(self, ignore: Sequence[str]) -> dict[str, Any] | None:
+        """`quantization_config` of a checkpoint's config.json; None where the checkpoint is an ordinary one.
+
+        ignore: names of the modules that stay in full precision."""
+        if self.scheme is None:
+            return None
+        group = {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "symmetric": True, "dynamic": False, **self.scheme["weights"]},
+            "input_activations": {"num_bits": 8, "symmetric": True, "dynamic": True, **self.scheme["input_activations"]},
+            "output_activations": None,
+            "format": self.scheme["format"],
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "format": self.scheme["format"],
+            "config_groups": {"group_0": group},
+            "ignore": list(ignore),
+            "kv_cache_scheme": None,
+        }
+
+
+def weight_matrix(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [O, I] in `dtype`. Raises ValueError where it is no floating-point matrix or holds NaN or Inf."""
+    if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(f"a quantized weight must be a non-empty floating-point matrix; got {weight.dtype} {tuple(weight.shape)}")
+    matrix = weight.detach().to(dtype)
+    finite = matrix.isfinite()
+    if not bool(finite.all()):
+        bad = matrix.numel() - int(finite.sum())
+        raise ValueError(
+            f"weight {tuple(weight.shape)} holds {bad} values that are NaN or Inf in {dtype} and cannot be encoded; "
+            "training has diverged or the checkpoint is damaged"
+        )
+    return matrix
+
+
+def scale_to(amax: Tensor, largest_code: float, floor: float = SMALLEST_SCALE) -> Tensor:
+    """The scale that maps amax (float32) to the largest code, at least `floor`.
+
+    Divides by a tensor: CUDA turns division by a number into multiplication by its reciprocal, which differs in the last bit."""
+    return (amax / amax.new_tensor(largest_code)).clamp(min=floor)
