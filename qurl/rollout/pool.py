@@ -68,7 +68,7 @@ class RolloutPool:
         self._failure: PoolFailed | None = None
         self.refresh: Callable[[Any, Callable[[], None]], Awaitable[None]] | None = None
         self.num_restarts = 0
-        self.num_redispatched = 0
+        self._num_redispatched = 0
         self._max_load = int(ROOM * int(config.engine_args.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS)))
 
     async def start(self) -> None:
@@ -112,6 +112,11 @@ class RolloutPool:
         rollouts = await work.future
         texts = [self._decode(rollout.token_ids) for rollout in rollouts]
         return RolloutGroup(prompt=prompt, rollouts=[replace(r, text=t) for r, t in zip(rollouts, texts, strict=True)])
+
+    def take_redispatched(self) -> int:
+        """Prompts dispatched again since the last call."""
+        count, self._num_redispatched = self._num_redispatched, 0
+        return count
 
     def waiting_for(self) -> str:
         """Who everyone waits for, for the stall message."""
@@ -159,7 +164,7 @@ class RolloutPool:
 
     def _redispatch(self, work: _Work) -> None:
         if not work.future.done():
-            self.num_redispatched += 1
+            self._num_redispatched += 1
             self._queue.insert(0, work)
 
     # ---- health -----------------------------------------------------------------------------------------------------

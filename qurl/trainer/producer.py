@@ -74,7 +74,7 @@ class Producer:
         self._open.remove(batch)
         return batch
 
-    def stream_state(self, fallback_step: int) -> dict[str, Any]:
+    def stream_state(self) -> dict[str, Any]:
         """Position of the prompt stream before the first batch that was not taken: resuming there repeats and skips nothing."""
         return self._open[0].stream_state if self._open else self._stream.state_dict()
 

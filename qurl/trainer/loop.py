@@ -1,0 +1,171 @@
+"""The training loop: take a batch, train on it, publish the new weights.
+
+The same loop is synchronous or asynchronous; only the producer knows `max_staleness`. The loop task consumes batches, produces weight
+versions, waits for the pool, the learner and the interrupt, woken by whichever comes first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from qurl.config import TrainConfig
+from qurl.learner.group import LearnerGroup
+from qurl.observability.metrics import Max, Metric, Sum, reduce_metrics
+from qurl.observability.run_logger import RunLogger
+from qurl.observability.timeline import Timeline
+from qurl.rollout.pool import RolloutPool
+from qurl.trainer.batch import check_reward_errors, rollout_metrics, training_samples
+from qurl.trainer.checkpoint import Checkpoints
+from qurl.trainer.producer import Batch, Producer
+from qurl.trainer.weights import PublishedWeights
+from qurl.types import ScoredGroup
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+PROGRESS_S = 0.5  # how often the console hears of rollouts under way
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; the run checkpoints and ends."""
+
+
+@dataclass(kw_only=True)
+class TrainingLoop:
+    """Everything one run needs, started and ready. `completed` counts finished iterations; it is also the weight version."""
+
+    config: TrainConfig
+    learner: LearnerGroup
+    pool: RolloutPool
+    weights: PublishedWeights
+    producer: Producer
+    checkpoints: Checkpoints
+    log: RunLogger
+    timeline: Timeline
+    interrupt: asyncio.Event
+    completed: int
+    evaluate: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, dict[str, float]]] | None
+    _untrained: Batch | None = None
+
+    async def run(self) -> None:
+        """Train until num_steps. Raises Interrupted after a checkpoint, GuardStop and RuntimeError where the run cannot go on."""
+        try:
+            await self._publish(self.completed)
+            if self.config.evaluation.at_start and self.completed == 0:
+                await self._evaluate()
+            for step in range(self.completed, self.config.num_steps):
+                await self._iteration(step)
+                if self.interrupt.is_set():
+                    raise Interrupted
+        except Interrupted:
+            await self.checkpoint()
+            raise
+
+    async def _iteration(self, step: int) -> None:
+        self.timeline.begin_step(step)
+        groups, batch = await self._rollouts(step)
+        check_reward_errors(groups, self.config.reward.max_error_fraction)
+        reports = [rollout_metrics(groups, version=step), self._pool_metrics(batch)]
+        async with self.weights.lock:
+            reports.append(await self._train(step, groups))
+            reports.append(await self._publish(step + 1))
+        self.completed, self._untrained = step + 1, None
+        self.log.record_rollouts(step, groups)
+        evaluated = await self._evaluate() if self._due(self.config.evaluation.every_steps) else {}
+        if self._due(self.config.checkpoint.every_steps):
+            await self.checkpoint()
+        self.log.log_step(step, reduce_metrics(reports) | evaluated | self.timeline.end_step())
+
+    async def _rollouts(self, step: int) -> tuple[list[ScoredGroup], Batch]:
+        with self.timeline.span("rollout"):
+            self.log.stage("rollout", 0, self.config.rollout.num_prompts_per_step)
+            batch = await self.or_interrupt(self.producer.take(step))
+            self._untrained = batch
+            gathered = asyncio.gather(*batch.groups)
+            async with self._progress(batch):
+                groups = await self.or_interrupt(gathered)
+        self.timeline.move("rollout", "reward", max(0.0, time.monotonic() - batch.last_sampled))
+        return groups, batch
+
+    async def _train(self, step: int, groups: list[ScoredGroup]) -> dict[str, Metric]:
+        self.log.stage("update")
+        samples = training_samples(groups, self.config.algorithm)
+        start = time.monotonic()
+        metrics, timings = await self.learner.train_step(samples, step)
+        self.timeline.add(start, timings, total=time.monotonic() - start)
+        return metrics
+
+    async def _publish(self, version: int) -> dict[str, Metric]:
+        self.log.stage("sync")
+        with self.timeline.span("sync"):
+            return await self.weights.publish(version)
+
+    async def _evaluate(self) -> dict[str, float]:
+        if self.evaluate is None:
+            return {}
+        with self.timeline.span("eval"):
+            metrics = await self.or_interrupt(self.evaluate(lambda done, total: self.log.stage("eval", done, total)))
+        self.log.log_eval(self.completed, metrics)
+        return metrics
+
+    async def checkpoint(self) -> None:
+        """Write the state after `completed` iterations; a batch that was not trained is sampled again on resume."""
+        self.log.stage("checkpoint")
+        stream_state = self._untrained.stream_state if self._untrained else self.producer.stream_state()
+        state = {"step": self.completed, "stream": stream_state, "logger": self.log.state_dict()}
+        with self.timeline.span("checkpoint"):
+            folder = await self.checkpoints.save(self.completed, state, self.learner.save_checkpoint)
+        logger.info("checkpoint %s", folder)
+
+    def _pool_metrics(self, batch: Batch) -> dict[str, Metric]:
+        tokens = sum(len(r.token_ids) for task in batch.groups for r in task.result().group.rollouts)
+        return {
+            "rollout/tokens_per_s": Max(tokens / max(1e-9, batch.last_sampled - batch.started)),
+            "rollout/redispatched_count": Sum(self.pool.take_redispatched()),
+            "rollout/engine_restart_count": Max(self.pool.num_restarts),
+        }
+
+    def _due(self, every: int) -> bool:
+        last = self.completed == self.config.num_steps
+        return last or (every > 0 and self.completed % every == 0)
+
+    @contextlib.asynccontextmanager
+    async def _progress(self, batch: Batch) -> AsyncIterator[None]:
+        """Report what is done while waiting for it; after stall_timeout_s without progress say who everyone waits for."""
+
+        async def report() -> None:
+            seen, since = (0, 0), time.monotonic()
+            limit = self.config.cluster.stall_timeout_s
+            while True:
+                now = (batch.num_sampled, batch.num_scored)
+                self.log.stage("rollout", batch.num_scored, len(batch.groups))
+                if now != seen:
+                    seen, since = now, time.monotonic()
+                elif time.monotonic() - since > limit:
+                    prompt_id, stage = next(iter(batch.waiting.items()), ("none", "none"))
+                    logger.warning("no progress for %.0f s in iteration %d: waiting for the %s of %d prompts, first %s; %s",
+                                   limit, batch.step, stage, len(batch.waiting), prompt_id, self.pool.waiting_for())  # fmt: skip
+                    since = time.monotonic()
+                await asyncio.sleep(PROGRESS_S)
+
+        task = asyncio.ensure_future(report())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def or_interrupt(self, awaitable: Awaitable[T]) -> T:
+        """The result, or Interrupted if that comes first (what was awaited is cancelled)."""
+        work = asyncio.ensure_future(awaitable)
+        stop = asyncio.ensure_future(self.interrupt.wait())
+        await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            stop.cancel()
+            return work.result()
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        raise Interrupted

@@ -1,0 +1,179 @@
+"""`qurl train`: set a run up, train, tear it down.
+
+What can fail cheaply fails first: folder, data, reward function and tokenizer are checked before Ray, vLLM or DeepSpeed start."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qurl.config import TrainConfig
+from qurl.data import PromptStream, build_prompts, load_rows
+from qurl.errors import ConfigError, GuardStop
+from qurl.observability.run_logger import RunLogger
+from qurl.observability.timeline import Timeline
+from qurl.rewards import RewardPool, check_reward_function
+from qurl.trainer.checkpoint import Checkpoints
+from qurl.trainer.run_folder import RunFolder
+from qurl.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_FAILED, EXIT_GUARD, EXIT_INTERRUPTED = 0, 1, 3, 130
+
+
+def run(config: TrainConfig) -> int:
+    """Train, or go on where the last checkpoint of this run folder ends. Returns the exit code.
+
+    Raises ConfigError or ValueError for what the user must change, before anything heavy starts."""
+    with RunFolder(config) as folder:
+        checkpoints = Checkpoints(folder.path, config.checkpoint.keep_last)
+        resume_from = checkpoints.latest()
+        state = checkpoints.state(resume_from) if resume_from else None
+        if state is not None and state["step"] >= config.num_steps:
+            raise ConfigError(f"num_steps={config.num_steps}: {folder.path} is already trained for {state['step']} steps; "
+                              "raise num_steps or choose another run_name")  # fmt: skip
+        tokenizer = load_tokenizer(config)
+        prompts, evaluation = load_prompts(config, tokenizer)
+        log = RunLogger(folder.path, config.logging, config.num_steps, folder.resolved)
+        try:
+            return asyncio.run(_train(config, folder.path, checkpoints, resume_from, state, tokenizer, prompts, evaluation, log))
+        except GuardStop as error:
+            logger.error("stopped: %s", error)
+            return EXIT_GUARD
+        except RuntimeError as error:  # a learner died, the disk is full: the world, not the user
+            logger.error("%s; the same command goes on from the last checkpoint", error)
+            return EXIT_FAILED
+        finally:
+            log.close()
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The policy's tokenizer. Raises ConfigError where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    path = config.model.tokenizer or config.model.path
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path!r}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+
+
+def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+    """Training prompts and evaluation prompts by name; the reward function has scored one problem of each dataset."""
+
+    def load(dataset: Any, key: str) -> list[Prompt]:
+        problems = load_rows(dataset, key)
+        check_reward_function(config.reward, problems[0])
+        found = build_prompts(problems, tokenizer, config.data, key)
+        if found.num_dropped:
+            logger.warning("%s: %d of %d prompts are longer than data.max_prompt_tokens=%d and were dropped",
+                           key, found.num_dropped, len(problems), config.data.max_prompt_tokens)  # fmt: skip
+        return found.prompts
+
+    train = load(config.data.train, "data.train")
+    return train, {name: load(dataset, f"data.eval.{name}") for name, dataset in config.data.eval.items()}
+
+
+async def _train(
+    config: TrainConfig,
+    run_dir: Path,
+    checkpoints: Checkpoints,
+    resume_from: Path | None,
+    state: dict[str, Any] | None,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    evaluation: dict[str, list[Prompt]],
+    log: RunLogger,
+) -> int:
+    from qurl.rollout.pool import training_sampling
+    from qurl.trainer.evaluate import evaluate, evaluation_sampling
+    from qurl.trainer.loop import Interrupted, TrainingLoop
+    from qurl.trainer.producer import Producer
+    from qurl.trainer.start import started_parts
+    from qurl.trainer.weights import PublishedWeights
+
+    stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
+    completed = 0
+    if state is not None:
+        completed = state["step"]
+        stream.load_state_dict(state["stream"])
+        log.load_state_dict(state["logger"])
+        logger.info("going on after step %d of %s", completed, run_dir)
+    interrupt = asyncio.Event()
+    _on_signal(interrupt)
+    timeline = Timeline(run_dir / "timeline.json")
+    stop_ids = stop_token_ids(config, tokenizer)
+    async with started_parts(config, run_dir, tokenizer, resume_from, log) as (learner, pool, rewards):
+        weights = PublishedWeights(learner, pool)
+        sampling = training_sampling(config.rollout, stop_ids)
+        producer = Producer(
+            stream=stream,
+            num_prompts_per_step=config.rollout.num_prompts_per_step,
+            max_staleness=config.rollout.max_staleness,
+            first_step=completed,
+            num_steps=config.num_steps,
+            wait_for_version=weights.wait_for,
+            sample=lambda prompt: pool.generate(
+                prompt, sampling, config.rollout.num_samples_per_prompt, request_id=f"train/{prompt.prompt_id}"
+            ),
+            score=rewards.score,
+        )
+        evaluator = partial(
+            evaluate,
+            evaluation,
+            pool=pool,
+            score=rewards.score,
+            sampling=evaluation_sampling(config.evaluation, config.rollout, stop_ids),
+            num_samples=config.evaluation.num_samples_per_prompt,
+        )
+        loop = TrainingLoop(
+            config=config, learner=learner, pool=pool, weights=weights, producer=producer, checkpoints=checkpoints, log=log,
+            timeline=timeline, interrupt=interrupt, completed=completed, evaluate=evaluator if evaluation else None,
+        )  # fmt: skip
+        try:
+            await loop.run()
+        except Interrupted:
+            logger.warning("interrupted after step %d; the same command goes on from here", loop.completed)
+            return EXIT_INTERRUPTED
+        finally:
+            await producer.close()
+            timeline.write()
+    return EXIT_DONE
+
+
+def _on_signal(interrupt: asyncio.Event) -> None:
+    """The first Ctrl-C or SIGTERM asks for a checkpoint; the second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def ask(number: signal.Signals) -> None:
+        interrupt.set()
+        loop.remove_signal_handler(number)
+        logger.warning("%s: writing a checkpoint; once more ends the run without one", number.name)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ask, number)
+
+
+def stop_token_ids(config: TrainConfig, tokenizer: Any) -> list[int]:
+    """The tokenizer's end of sequence and those of the model's generation config. Raises ConfigError where there is none."""
+    from transformers import GenerationConfig
+
+    found: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    try:
+        eos = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision).eos_token_id
+    except OSError:  # the file is optional
+        eos = None
+    found |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    if not found and not config.rollout.stop_token_ids:
+        raise ConfigError(f"model.path={config.model.path!r}: neither its tokenizer nor its generation config names an end of sequence; "
+                          "set rollout.stop_token_ids")  # fmt: skip
+    return sorted(found)
+
+
+Decode = Callable[[list[int]], str]

@@ -1,0 +1,88 @@
+"""The folder of a run: <output_dir>/<run_name>/, its resolved configuration and its lock."""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import yaml
+
+from qurl.config import TrainConfig
+from qurl.errors import ConfigError
+
+FREE_KEYS = frozenset({"num_steps", "output_dir", "logging", "evaluation", "checkpoint", "cluster"})
+"""What may differ between the command that started a run and the one that resumes it: nothing of it changes what is learned."""
+
+
+class RunFolder:
+    """Context manager: creates the folder, holds its lock, writes config.yaml.
+
+    Raises ConfigError where another process trains there, or where a checkpoint there was made with another configuration."""
+
+    def __init__(self, config: TrainConfig):
+        self.path = Path(config.output_dir).expanduser() / config.run_name
+        self.resolved = resolved(config)
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"output_dir={self.path.parent}: the folder cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ConfigError(f"run_name={self.path.name}: another process trains in {self.path}; choose another run_name") from error
+        self._refuse_other_config()
+        (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def _refuse_other_config(self) -> None:
+        saved = self.path / "config.yaml"
+        if not (self.path / "checkpoints" / "latest").exists() or not saved.exists():
+            return
+        before = flat({k: v for k, v in yaml.safe_load(saved.read_text()).items() if k not in FREE_KEYS})
+        now = flat({k: v for k, v in self.resolved.items() if k not in FREE_KEYS})
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            self._lock.close() if self._lock else None
+            key = changed[0]
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise ConfigError(f"{key}={now.get(key)}: the run in {self.path} was started with {before.get(key)}{more}; "
+                              "resume with the same arguments or choose another run_name")  # fmt: skip
+
+
+def resolved(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain data; enums by name."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, enum.Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(asdict(config))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
