@@ -104,10 +104,11 @@ def _check_keys(parsed: list[Override]) -> None:
 def _check_option(group: str, name: str) -> None:
     """Refuse an option that the group does not have; a recipe may also be the path of a YAML."""
     options = group_options(group)
-    if name in [*options, "None"] or (group == "recipe" and name.endswith(YAML_SUFFIXES)):
+    if name in options or (group == "recipe" and name.endswith(YAML_SUFFIXES)):
         return
-    also = ", or the path of a YAML" if group == "recipe" else ""
-    raise ConfigError(f"{group}={name} is not an option; use one of {', '.join(options)}{also}")
+    if group == "recipe":
+        options.append("the path of a YAML")
+    raise ConfigError(f"{group}={name} is not an option; use one of {', '.join(options)}")
 
 
 def _normalize(override: Override) -> str:
@@ -132,7 +133,7 @@ def _store_recipe(path: Path) -> str:
         raise ConfigError(f"recipe={path} cannot be read: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"recipe={path} is not a mapping of configuration keys")
-    name = "file_" + re.sub(r"\W", "_", str(path))
+    name = re.sub(r"\W", "_", str(path.with_suffix("")))
     ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_")
     return name
 
@@ -155,15 +156,17 @@ def _dict_field(key: str, kind: Any = TrainConfig, prefix: str = "") -> str | No
 
 
 def _near(key: str, valid: set[str]) -> str:
-    """'; did you mean ...', or the keys of the nearest section."""
-    near = difflib.get_close_matches(key, sorted(valid), n=3, cutoff=0.6)
-    leaf = key.rpartition(".")[2]
-    near += [other for other in sorted(valid) if other.rpartition(".")[2] == leaf and other not in near]
+    """'; did you mean ...': the same name elsewhere, a similar one in the section, or else all keys of the section."""
+    section, _, leaf = key.rpartition(".")
+    section = section if section in valid else ""
+    siblings = sorted(k for k in valid if k.rpartition(".")[0] == section)
+    near = difflib.get_close_matches(f"{section}.{leaf}" if section else leaf, siblings, n=2, cutoff=0.7)
+    near = [k for k in near if difflib.SequenceMatcher(None, k.rpartition(".")[2], leaf).ratio() >= 0.6]
+    near += [k for k in sorted(valid) if k.rpartition(".")[2] == leaf and k not in near]
+    near += [k for k in difflib.get_close_matches(key, sorted(valid), n=2, cutoff=0.85) if k not in near]
     if near:
         return f"; did you mean {' or '.join(near[:3])}?"
-    section = key.rpartition(".")[0]
-    siblings = sorted(k for k in valid if k.rpartition(".")[0] == (section if section in valid else ""))
-    return f"; {section if section in valid else 'the configuration'} has {', '.join(siblings)}"
+    return f"; {section or 'the configuration'} has {', '.join(siblings)}"
 
 
 def _explain(error: BaseException, overrides: Sequence[str]) -> str:
@@ -176,12 +179,15 @@ def _explain(error: BaseException, overrides: Sequence[str]) -> str:
         return f"{group}={name} is not an option; use one of {', '.join(group_options(group))}"
     if isinstance(cause, MissingMandatoryValue):
         return f"{cause.full_key} is not set; give {cause.full_key}=<folder or hub name>, or a recipe such as recipe=quickstart"
-    if not isinstance(cause, OmegaConfBaseException):
-        return " ".join(str(cause).split())
-    key = str(cause.full_key or "")
-    told = str(cause).splitlines()[0]
-    given = [text for text in overrides if text.lstrip("+~").partition("=")[0] == key]
-    where = given[0] if given else key
-    if "not in" in told or "has no" in told:
-        return f"{where}: unknown key {key!r}{_near(key, set(valid_keys()))}"
-    return f"{where}: {told}"
+    told = str(cause).partition("raised while composing config:\n")
+    source = f"{told[0].split(chr(39))[1]}.yaml: " if told[1] and chr(39) in told[0] else ""
+    if source.startswith("recipe/"):
+        source = next((f"{line}: " for line in overrides if line.startswith("recipe=")), source)
+    message = (told[2] or told[0]).splitlines()
+    found = re.search(r"full_key: (\S+)", str(cause))
+    key = found[1] if found else ""
+    given = [line for line in overrides if key and line.lstrip("+").partition("=")[0] == key]
+    where = source or (f"{given[0]}: " if given else f"{key}: " if key else "")
+    if key and "not in" in message[0]:
+        return f"{where}unknown key {key!r}{_near(key, set(valid_keys()))}"
+    return where + (message[0] if key else " ".join(message))
