@@ -1,1 +1,18 @@
-""""""
+"""The objective as pure tensor math: advantages, mismatch correction, policy loss, KL, aggregation. Needs torch only.
+
+    weight * min(R * A, clip(R, 1 - clip_low, (1 + clip_high) * clip_high_scale) * A)        R = pi / pi_base
+
+Corrections fill weight, clip_high_scale and pi_base; the tables below are the plug points, and `qurl.plug.resolve` also takes
+`package.module:attribute`."""
+
+from qurl.algorithms.advantages import ADVANTAGES, grpo
+from qurl.algorithms.aggregation import token_weights
+from qurl.algorithms.corrections import CORRECTIONS, Correction
+from qurl.algorithms.kl import kl_penalty
+from qurl.algorithms.mismatch import mismatch_metrics
+from qurl.algorithms.policy_losses import POLICY_LOSSES, LossOutput, PolicyLossInputs, ppo_clip
+
+__all__ = [
+    "ADVANTAGES", "CORRECTIONS", "POLICY_LOSSES", "Correction", "LossOutput", "PolicyLossInputs", "grpo", "kl_penalty",
+    "mismatch_metrics", "ppo_clip", "token_weights",
+]

@@ -24,6 +24,19 @@ class Mean(Metric):
 
 
 @dataclass(frozen=True, slots=True)
+class EffectiveSampleSize(Metric):
+    """The fraction (sum w)^2 / (n sum w^2) over n weights; joined exactly, as a mean of fractions would depend on the split."""
+
+    mean: float  # of the weights
+    count: float  # n
+
+    @classmethod
+    def of(cls, mean: float, mean_square: float, count: float) -> EffectiveSampleSize:
+        """From the mean of the weights and of their squares; the fraction of no weights is 0."""
+        return cls(mean * mean / mean_square if mean_square else 0.0, mean, count)
+
+
+@dataclass(frozen=True, slots=True)
 class Sum(Metric):
     """Added up."""
 
@@ -56,7 +69,8 @@ METRICS: dict[str, str] = {
     "policy/learning_rate": "learning rate of the last optimizer step",
     "policy/clip_high_fraction": "tokens cut by the upper clip bound",
     "policy/clip_low_fraction": "tokens cut by the lower clip bound",
-    "policy/kl_old_current": "k3 estimate of KL(old || current), nats per token",
+    "policy/dual_clip_fraction": "tokens with A < 0 cut by dual_clip; only where it is set",
+    "policy/kl_old_current": "k3 estimate of KL(base || current), nats per token; base is old, with correction naive it is rollout",
     "policy/num_optimizer_steps": "optimizer steps of the iteration",
     "policy/tokens": "trained tokens of the iteration",
     "policy/padding_fraction": "padding in the packed micro-batches",
@@ -65,7 +79,7 @@ METRICS: dict[str, str] = {
     "mismatch/ratio_mean": "mean pi_old / pi_rollout",
     "mismatch/abs_logprob_diff": "mean |log pi_old - log pi_rollout|",
     "mismatch/truncated_fraction": "tokens with pi_old / pi_rollout > truncation",
-    "mismatch/ess_fraction": "effective sample size of the token weights over the number of tokens",
+    "mismatch/ess_fraction": "effective sample size of the weights min(pi_old / pi_rollout, truncation) over the number of tokens",
     "acr/widened_fraction": "tokens whose upper clip bound ACR widened",
     "acr/changed_fraction": "tokens whose gradient ACR changed against TIS (A > 0 and R between the two bounds)",
     "quantization/sqnr_min_db": "worst signal-to-quantization-noise ratio of a weight matrix, dB",
@@ -124,6 +138,8 @@ def _reduce(key: str, metrics: list[Metric]) -> float:
         if weight == 0:
             return 0.0
         return sum(m.value * m.weight for m in metrics if isinstance(m, Mean)) / weight
+    if isinstance(first, EffectiveSampleSize):
+        return _join_sample_sizes([m for m in metrics if isinstance(m, EffectiveSampleSize)])
     if isinstance(first, Sum):
         return float(sum(values))
     if isinstance(first, Max):
@@ -131,3 +147,12 @@ def _reduce(key: str, metrics: list[Metric]) -> float:
     if isinstance(first, Min):
         return min(values)
     return values[-1]
+
+
+def _join_sample_sizes(metrics: list[EffectiveSampleSize]) -> float:
+    count = sum(m.count for m in metrics)
+    if count == 0:
+        return 0.0
+    mean = sum(m.mean * m.count for m in metrics) / count
+    mean_square = sum(m.mean * m.mean / m.value * m.count for m in metrics if m.value) / count
+    return EffectiveSampleSize.of(mean, mean_square, count).value
