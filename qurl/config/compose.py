@@ -61,13 +61,8 @@ def group_options(group: str) -> list[str]:
     return sorted(path.stem for path in (assets_dir("configs") / group).glob("*.yaml"))
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML; `recipe=<path>` composes it again."""
-    OmegaConf.save(OmegaConf.structured(config), path)
-
-
 def load_config(path: Path) -> TrainConfig:
-    """Read what save_config wrote. Raises ConfigError for a missing or foreign file."""
+    """The resolved configuration that a run saved as config.yaml. Raises ConfigError for a missing or foreign file."""
     return compose([f"recipe='{path}'"])
 
 

@@ -1,49 +1,76 @@
-"""Which device and how many threads each engine and learner rank gets."""
+"""Which device, how many threads and which share of a GPU each process gets.
+
+Learner ranks and engines of a CPU run share the cores. With max_staleness=0 they take turns and each side may use all of them;
+otherwise both compute at once and threads(learner) + threads(engines) must stay within the cores, since OpenMP teams that compete
+for a core spin against each other (a factor of ten and more)."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
+from qurl import hardware
 from qurl.config.run import Device, TrainConfig
+from qurl.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Shares of one machine (CPU) or of the cluster's GPUs."""
+    """What each engine and each learner rank is given."""
 
-    device: str  # "cpu" | "cuda"
-    cores: int  # of this machine
-    engine_threads: int  # OpenMP threads per engine
-    learner_threads: int  # OpenMP threads per learner rank
-    gpus_per_engine: float
+    device: str  # "cpu" or "cuda"
+    engine_threads: int  # OpenMP threads of one engine
+    learner_threads: int  # of one learner rank
+    gpus_per_engine: float  # Ray's num_gpus; 0 on the CPU
     gpus_per_rank: float
 
 
-def place(config: TrainConfig) -> Placement:
-    """On the CPU: with max_staleness=0 rollout and update alternate, so each side may use all cores; otherwise they run at the same
-    time and threads(learner) + threads(engines) <= cores, half each (at least one per process). Explicit thread counts win."""
-    device = resolve_device(config.cluster.device)
-    cores = len(os.sched_getaffinity(0))
-    engines, ranks = config.rollout.num_engines, config.learner.num_ranks
-    overlap = config.rollout.max_staleness > 0
-    learner_cores = max(1, cores // 2) if overlap else cores
-    engine_cores = max(1, cores - learner_cores) if overlap else cores
-    shared = 0.5 if config.cluster.colocate else 1.0
+def place(config: TrainConfig, num_gpus: int | None = None, num_cores: int | None = None) -> Placement:
+    """Resolve cluster.device, the thread counts and the GPU shares.
+
+    num_gpus, num_cores: default to this machine's. Raises ConfigError where the GPUs that are asked for do not exist; those of a
+    remote cluster (cluster.address) are Ray's to find."""
+    num_gpus = len(hardware.gpus()) if num_gpus is None else num_gpus
+    num_cores = hardware.num_cores() if num_cores is None else num_cores
+    cluster, rollout, learner = config.cluster, config.rollout, config.learner
+    is_local = cluster.address is None
+    if cluster.device is Device.cuda and is_local and num_gpus == 0:
+        raise ConfigError("cluster.device=cuda but torch sees no CUDA device; use cluster.device=cpu, or cluster.address of a Ray cluster")
+    on_gpu = cluster.device is Device.cuda or (cluster.device is Device.auto and num_gpus > 0)
+    if on_gpu and is_local:
+        _check_gpus(config, num_gpus)
+    engine_threads, learner_threads = _threads(config, num_cores)
+    share = 0.5 if cluster.colocate else 1.0
     return Placement(
-        device=device,
-        cores=cores,
-        engine_threads=config.cluster.engine_threads or max(1, engine_cores // engines),
-        learner_threads=config.cluster.learner_threads or max(1, learner_cores // ranks),
-        gpus_per_engine=0.0 if device == "cpu" else shared * config.rollout.tensor_parallel_size,
-        gpus_per_rank=0.0 if device == "cpu" else shared,
+        device="cuda" if on_gpu else "cpu",
+        engine_threads=cluster.engine_threads or engine_threads,
+        learner_threads=cluster.learner_threads or learner_threads,
+        gpus_per_engine=share * rollout.tensor_parallel_size if on_gpu else 0.0,
+        gpus_per_rank=share if on_gpu else 0.0,
     )
 
 
-def resolve_device(device: Device) -> str:
-    """ "cpu" or "cuda"; auto takes cuda where torch sees one."""
-    if device is not Device.auto:
-        return device.name
-    import torch
+def num_gpus_needed(config: TrainConfig) -> int:
+    """GPUs of a run: engines and ranks side by side, or on top of each other with cluster.colocate."""
+    engines = config.rollout.num_engines * config.rollout.tensor_parallel_size
+    ranks = config.learner.num_ranks
+    return max(engines, ranks) if config.cluster.colocate else engines + ranks
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+
+def _check_gpus(config: TrainConfig, num_gpus: int) -> None:
+    needed = num_gpus_needed(config)
+    if needed <= num_gpus:
+        return
+    engines = f"{config.rollout.num_engines} engines x {config.rollout.tensor_parallel_size} GPUs"
+    raise ConfigError(
+        f"learner.num_ranks={config.learner.num_ranks} and rollout.num_engines ({engines}) need {needed} GPUs, {num_gpus} found; "
+        "use fewer, or cluster.colocate=true with learner.num_ranks equal to rollout.num_engines"
+    )
+
+
+def _threads(config: TrainConfig, num_cores: int) -> tuple[int, int]:
+    """(threads of an engine, threads of a learner rank), at least 1 each."""
+    engines, ranks = config.rollout.num_engines, config.learner.num_ranks
+    if config.rollout.max_staleness == 0:
+        return max(1, num_cores // engines), max(1, num_cores // ranks)
+    learner = max(1, num_cores // 2 // ranks)
+    return max(1, (num_cores - learner * ranks) // engines), learner

@@ -1,0 +1,224 @@
+"""What a configuration must satisfy by itself: value ranges and pairs of keys. Standard library only, so it answers at once.
+
+What depends on the machine, the model, files or plug tables is checked in qurl.plan."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qurl.config.algorithm import AlgorithmConfig
+from qurl.config.data import DataConfig
+from qurl.config.learner import LearnerConfig
+from qurl.config.quantization import QuantizationConfig, UpdateAwareness
+from qurl.config.reward import RewardConfig
+from qurl.config.rollout import RolloutConfig
+from qurl.config.run import CheckpointConfig, ClusterConfig, Device, EvaluationConfig, LoggingConfig, TrainConfig
+from qurl.config.sync import SyncConfig
+from qurl.errors import ConfigError
+
+TRANSPORTS = {  # qurl.sync.TRANSPORTS by the device that they run on; sync itself needs torch and Ray
+    "auto": (Device.auto, Device.cpu, Device.cuda),
+    "object_store": (Device.auto, Device.cpu, Device.cuda),
+    "shared_memory": (Device.auto, Device.cpu, Device.cuda),
+    "gloo": (Device.auto, Device.cpu, Device.cuda),
+    "nccl": (Device.auto, Device.cuda),
+    "cuda_ipc": (Device.auto, Device.cuda),
+}
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises ConfigError, naming the key and a value that works, for the first thing that cannot run."""
+    _run(config)
+    _data(config.data)
+    _algorithm(config.algorithm)
+    _quantization(config.quantization)
+    _rollout(config.rollout)
+    _learner(config.learner)
+    _sync(config.sync)
+    _reward(config.reward)
+    _evaluation(config.evaluation)
+    _periphery(config.checkpoint, config.cluster, config.logging)
+    _batch(config)
+    _devices(config)
+
+
+def _require(holds: bool, key: str, value: Any, needs: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key}={value} cannot run; use {needs}")
+
+
+def _at_least(low: float, section: str, config: Any, *names: str) -> None:
+    """Every named field is a finite number >= low."""
+    for name in names:
+        value = getattr(config, name)
+        _require(math.isfinite(value) and value >= low, f"{section}{name}", value, f"a number >= {low}")
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    """Every named field is a finite number > 0."""
+    for name in names:
+        value = getattr(config, name)
+        _require(math.isfinite(value) and value > 0, f"{section}{name}", value, "a number > 0")
+
+
+def _run(config: TrainConfig) -> None:
+    _at_least(1, "", config, "num_steps")
+    _at_least(0, "", config, "seed")
+    name = config.run_name
+    _require(bool(name) and name not in (".", "..") and "/" not in name, "run_name", repr(name), "a folder name without /")
+    _require(bool(config.output_dir), "output_dir", "''", "a folder, e.g. runs")
+    _require(bool(config.model.path), "model.path", "''", "a local folder or a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
+
+
+def _data(config: DataConfig) -> None:
+    _require(bool(config.train.path), "data.train.path", "''", "a .jsonl, .json or .parquet file, a hub dataset, or data=gsm8k")
+    for name, dataset in [("train", config.train), *((f"eval.{name}", dataset) for name, dataset in config.eval.items())]:
+        _require(bool(dataset.path), f"data.{name}.path", "''", "a .jsonl, .json or .parquet file or a hub dataset")
+        rows = dataset.max_rows
+        _require(rows is None or rows >= 1, f"data.{name}.max_rows", rows, "null or a number >= 1")
+    _at_least(1, "data.", config, "max_prompt_tokens")
+    prompt = config.system_prompt
+    _require(prompt is None or config.chat_template, "data.system_prompt", repr(prompt), "it with data.chat_template=true, or null")
+
+
+def _algorithm(config: AlgorithmConfig) -> None:
+    _positive("algorithm.correction.", config.correction, "truncation")
+    _at_least(1, "algorithm.correction.", config.correction, "max_clip_scale")
+    loss = config.policy_loss
+    _require(0 < loss.clip_low <= 1, "algorithm.policy_loss.clip_low", loss.clip_low, "a number in (0, 1], e.g. 0.2")
+    _positive("algorithm.policy_loss.", loss, "clip_high")
+    dual = loss.dual_clip
+    _require(
+        dual is None or dual > 1 + loss.clip_high,
+        "algorithm.policy_loss.dual_clip",
+        dual,
+        f"null or a number above 1 + clip_high = {1 + loss.clip_high:g}, e.g. 3.0",
+    )
+    _at_least(0, "algorithm.kl.", config.kl, "coefficient")
+
+
+def _quantization(config: QuantizationConfig) -> None:
+    _positive("quantization.", config, "invariant_scale")
+    if config.format == "none":
+        _require(not config.ignore, "quantization.ignore", config.ignore, "[] with quantization=none, where nothing is quantized")
+        scaled = config.update_awareness is UpdateAwareness.invariant_scaling
+        _require(not scaled, "quantization.update_awareness", "invariant_scaling", "none with quantization=none, or quantization=int8")
+
+
+def _rollout(config: RolloutConfig) -> None:
+    _at_least(
+        1, "rollout.", config,
+        "num_prompts_per_step", "num_samples_per_prompt", "max_response_tokens", "num_engines", "tensor_parallel_size",
+    )  # fmt: skip
+    _at_least(0, "rollout.", config, "max_staleness", "max_engine_restarts")
+    _positive("rollout.", config, "temperature", "engine_timeout_s")
+    _require(0 < config.top_p <= 1, "rollout.top_p", config.top_p, "a number in (0, 1]")
+    _require(config.top_k == -1 or config.top_k >= 1, "rollout.top_k", config.top_k, "-1 (all tokens) or a number >= 1")
+    _require(min(config.stop_token_ids, default=0) >= 0, "rollout.stop_token_ids", config.stop_token_ids, "token ids >= 0")
+
+
+def _learner(config: LearnerConfig) -> None:
+    _at_least(1, "learner.", config, "num_ranks", "num_mini_batches", "max_tokens_per_micro_batch")
+    _at_least(0, "learner.", config, "weight_decay", "warmup_steps")
+    _positive("learner.", config, "learning_rate", "adam_epsilon", "max_grad_norm")
+    _require(config.zero_stage in range(4), "learner.zero_stage", config.zero_stage, "0, 1, 2 or 3")
+    betas = config.adam_betas
+    _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "learner.adam_betas", betas, "two numbers in [0, 1), e.g. [0.9,0.999]")
+
+
+def _sync(config: SyncConfig) -> None:
+    _require(config.transport in TRANSPORTS, "sync.transport", config.transport, f"one of {', '.join(TRANSPORTS)}")
+    _at_least(1 << 10, "sync.", config, "bucket_bytes")
+    _at_least(1, "sync.", config, "max_inflight_buckets")
+    _at_least(0, "sync.", config, "max_retries", "audit_layers")
+    _require(config.track_changes or not config.delta, "sync.delta", "true", "sync.track_changes=true with it, or sync.delta=false")
+
+
+def _reward(config: RewardConfig) -> None:
+    _require(bool(config.function), "reward.function", "''", "a name such as math, or package.module:attribute")
+    _at_least(1, "reward.", config, "num_workers")
+    _positive("reward.", config, "timeout_s")
+    fraction = config.max_error_fraction
+    _require(0 <= fraction <= 1, "reward.max_error_fraction", fraction, "a number in [0, 1]")
+
+
+def _evaluation(config: EvaluationConfig) -> None:
+    _at_least(0, "evaluation.", config, "every_steps", "temperature")
+    _at_least(1, "evaluation.", config, "num_samples_per_prompt")
+    _require(0 < config.top_p <= 1, "evaluation.top_p", config.top_p, "a number in (0, 1]")
+    greedy = config.temperature == 0 and config.num_samples_per_prompt > 1
+    _require(
+        not greedy,
+        "evaluation.num_samples_per_prompt",
+        config.num_samples_per_prompt,
+        "1 with evaluation.temperature=0 (all samples are equal), or a temperature > 0",
+    )
+    limit = config.max_response_tokens
+    _require(limit is None or limit >= 1, "evaluation.max_response_tokens", limit, "null or a number >= 1")
+
+
+def _periphery(checkpoint: CheckpointConfig, cluster: ClusterConfig, logging: LoggingConfig) -> None:
+    _at_least(0, "checkpoint.", checkpoint, "every_steps")
+    _at_least(1, "checkpoint.", checkpoint, "keep_last")
+    _at_least(0, "cluster.", cluster, "engine_threads", "learner_threads")
+    _positive("cluster.", cluster, "stall_timeout_s")
+    _at_least(0, "logging.", logging, "num_rollouts_per_step")
+
+
+def _batch(config: TrainConfig) -> None:
+    rollout, learner = config.rollout, config.learner
+    prompts, mini_batches = rollout.num_prompts_per_step, learner.num_mini_batches
+    divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
+    _require(
+        prompts % mini_batches == 0,
+        "learner.num_mini_batches",
+        mini_batches,
+        f"a divisor of rollout.num_prompts_per_step={prompts}: {', '.join(map(str, divisors))}",
+    )
+    samples = prompts // mini_batches * rollout.num_samples_per_prompt
+    _require(
+        learner.num_ranks <= samples,
+        "learner.num_ranks",
+        learner.num_ranks,
+        f"at most {samples}, the samples of a mini-batch; or more rollout.num_prompts_per_step",
+    )
+    if config.algorithm.advantage.name == "grpo":
+        _require(
+            rollout.num_samples_per_prompt >= 2,
+            "rollout.num_samples_per_prompt",
+            rollout.num_samples_per_prompt,
+            "at least 2 with algorithm.advantage.name=grpo: a group of one has no advantage",
+        )
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    _require(
+        learner.max_tokens_per_micro_batch >= longest,
+        "learner.max_tokens_per_micro_batch",
+        learner.max_tokens_per_micro_batch,
+        f"at least {longest} = data.max_prompt_tokens + rollout.max_response_tokens",
+    )
+
+
+def _devices(config: TrainConfig) -> None:
+    device, transport, colocate = config.cluster.device, config.sync.transport, config.cluster.colocate
+    _require(
+        device in TRANSPORTS[transport],
+        "sync.transport",
+        transport,
+        f"auto, object_store, shared_memory or gloo with cluster.device={device.name}",
+    )
+    _require(not (colocate and device is Device.cpu), "cluster.colocate", "true", "false with cluster.device=cpu")
+    if colocate:
+        engines, size = config.rollout.num_engines, config.rollout.tensor_parallel_size
+        ranks = config.learner.num_ranks
+        _require(size == 1, "rollout.tensor_parallel_size", size, "1 with cluster.colocate=true")
+        _require(engines == ranks, "rollout.num_engines", engines, f"{ranks} = learner.num_ranks with cluster.colocate=true")
+    _require(transport != "nccl" or not colocate, "sync.transport", "nccl", "auto or cuda_ipc with cluster.colocate=true")
+    _require(transport != "cuda_ipc" or colocate, "sync.transport", "cuda_ipc", "auto or nccl with cluster.colocate=false")
+    staleness = config.rollout.max_staleness
+    _require(
+        not (colocate and staleness),
+        "rollout.max_staleness",
+        staleness,
+        "0 with cluster.colocate=true: engines and learner take turns on the GPUs",
+    )

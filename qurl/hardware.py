@@ -1,0 +1,85 @@
+"""What this machine has: cores, memory, instruction sets, GPUs. Standard library; torch only where GPUs are counted."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One CUDA device."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]  # (9, 0) for Hopper
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One node."""
+
+    cpu_name: str
+    cpu_flags: frozenset[str]  # as in /proc/cpuinfo; empty where the kernel does not say
+    num_cores: int  # that this process may use
+    memory_bytes: int  # of the container where it has a limit
+    shm_bytes: int  # free in /dev/shm
+    gpus: tuple[Gpu, ...]
+
+
+def detect() -> Hardware:
+    """This machine, as this process may use it."""
+    name, flags = _cpu()
+    return Hardware(
+        cpu_name=name,
+        cpu_flags=flags,
+        num_cores=num_cores(),
+        memory_bytes=min(psutil.virtual_memory().total, _container_memory()),
+        shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
+        gpus=gpus(),
+    )
+
+
+def num_cores() -> int:
+    """Cores that this process may run on: affinity and the container's CPU quota, at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        allowed = min(allowed, int(quota[0]) // int(quota[1]))
+    return max(1, allowed)
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """CUDA devices that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return tuple(Gpu(name=p.name, memory_bytes=p.total_memory, capability=(p.major, p.minor)) for p in found)
+
+
+def _cpu() -> tuple[str, frozenset[str]]:
+    fields = {}
+    for line in _read("/proc/cpuinfo").split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        fields[key.strip()] = value.strip()
+    return fields.get("model name", platform.processor() or platform.machine()), frozenset(fields.get("flags", "").split())
+
+
+def _container_memory() -> int:
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    return int(limit) if limit.isdigit() else 1 << 62
+
+
+def _read(path: str) -> str:
+    """Content of a kernel file, empty where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
