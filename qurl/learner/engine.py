@@ -1,0 +1,110 @@
+"""DeepSpeed around the policy: process group, optimizer, master weights. The only file that imports deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from qurl.config import LearnerConfig, LearnerDtype
+from qurl.learner.deepspeed_config import deepspeed_config
+
+
+def join_process_group(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
+    """Meet the other ranks (gloo on the CPU, nccl on GPUs); a group that already exists is used.
+
+    Raises RuntimeError where the existing group has another rank or size."""
+    deepspeed = _import_deepspeed(device)
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed reads the device from there
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size)
+    found = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if found != (rank, world_size):
+        raise RuntimeError(f"this process is rank {found[0]} of {found[1]} already; it cannot be rank {rank} of {world_size}")
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def initialize(policy: nn.Module, config: LearnerConfig, device: torch.device) -> Any:
+    """A DeepSpeed engine that trains `policy` with AdamW; master weights are the float32 values that `policy` holds now.
+
+    DeepSpeed derives bfloat16 masters from weights already rounded to bfloat16, which would undo what a checkpoint in float32
+    or invariant scaling put there; so they are set once more from the originals. Matrices decay, vectors (norms, biases) do not."""
+    deepspeed = _import_deepspeed(device)
+    originals = {name: parameter.data for name, parameter in policy.named_parameters()}
+    parameters = list(policy.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.adam_betas[0], config.adam_betas[1]), eps=config.adam_epsilon, fused=True
+    )
+    engine, *_ = deepspeed.initialize(
+        model=policy,
+        optimizer=optimizer,
+        lr_scheduler=lambda basic: LambdaLR(basic, lambda step: min(1.0, (step + 1) / max(1, config.warmup_steps))),
+        config=deepspeed_config(config, sum(p.numel() for p in parameters)),
+        dist_init_required=False,
+    )
+    if config.dtype is LearnerDtype.bfloat16:
+        for name, parameter in policy.named_parameters():
+            deepspeed.utils.safe_set_full_fp32_param(parameter, originals.pop(name).to(device))
+    return engine
+
+
+def initialize_frozen(model: nn.Module, config: LearnerConfig, device: torch.device) -> nn.Module:
+    """A model for inference in the learner's dtype, partitioned over ranks where the policy is."""
+    model.requires_grad_(False)
+    dtype = torch.bfloat16 if config.dtype is LearnerDtype.bfloat16 else torch.float32
+    if config.zero_stage < 3:
+        return model.to(device, dtype)
+    json = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "steps_per_print": None,
+    }
+    engine, *_ = _import_deepspeed(device).initialize(model=model, config=json, dist_init_required=False)
+    return engine
+
+
+def apply_gradients(engine: Any) -> float | None:
+    """The optimizer step at an accumulation boundary; returns the global gradient norm before clipping.
+
+    None: a gradient is not finite on some rank, and no rank changed a weight or an optimizer state. DeepSpeed checks this under
+    ZeRO; at stage 0 gradients are already equal on all ranks and are checked here."""
+    if not engine.zero_optimization():
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        if not norm.isfinite():
+            engine.zero_grad()
+            return None
+        engine.step()
+        return float(norm)
+    engine.step()
+    return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Makes partitioned (ZeRO-3) parameters whole inside the context; every rank must enter it. Others stay as they are."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters))
+
+
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    """deepspeed decides on its accelerator when it is imported."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed

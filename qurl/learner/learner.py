@@ -1,0 +1,292 @@
+"""One rank of the trainer: full-precision policy, optimizer, and the source of the weights that the pool samples from.
+
+Consumes the TrainingSamples of an iteration, produces new weights and metrics. Collective: every rank calls the same methods in
+the same order. Each sequence's weight in the loss is fixed before anything is split, and DeepSpeed's mean over ranks is undone,
+so how samples are packed and spread changes no gradient beyond float error. All ranks run the same number of micro-batches,
+padded with empty ones, so that collectives inside forward and backward always find their partners."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed
+
+from qurl.algorithms import CORRECTIONS, POLICY_LOSSES, PolicyLossInputs, kl_penalty, token_weights
+from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig, UpdateAwareness
+from qurl.learner.engine import apply_gradients, initialize, initialize_frozen, join_process_group
+from qurl.learner.huggingface import copy_tokenizer, load_model
+from qurl.learner.packing import empty_micro_batch, pack, padding_fraction
+from qurl.learner.policy import Policy
+from qurl.learner.random_state import random_states, restore_random_states, seed_everything
+from qurl.learner.weights import iter_all_weights, iter_share, linear_names
+from qurl.observability.metrics import Last, Mean, Metric, Sum
+from qurl.plug import resolve
+from qurl.quantization import FORMATS, fold_invariant_scaling, select_targets
+from qurl.types import MicroBatch, TrainingSample
+
+if TYPE_CHECKING:
+    from qurl.sync import SendReport, WeightSender
+
+TAG = "deepspeed"
+"""Folder of DeepSpeed's files in a checkpoint."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """Loss or gradient is not finite; no weight changed. sample_ids: the suspects on this rank, empty where it has none."""
+
+    def __init__(self, message: str, sample_ids: list[str]):
+        super().__init__(message, sample_ids)  # both, so that it survives pickling
+        self.sample_ids = sample_ids
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What an iteration did. reports: to be reduced together with those of the other ranks."""
+
+    reports: list[dict[str, Metric]]
+    timings: dict[str, float]  # time/* keys, seconds
+
+
+@dataclass(kw_only=True, slots=True)
+class _MiniBatch:
+    """This rank's part of one optimizer step."""
+
+    samples: list[TrainingSample]
+    batches: list[MicroBatch]
+    token_weights: list[Tensor]  # [B, L] float32 per micro-batch; over all ranks the loss is sum(weight * per-token loss)
+
+
+class Learner:
+    """The policy on one rank. See the module docstring; `LearnerGroup` drives several from one place."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        learner: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        quantization: QuantizationConfig,
+        sync: SyncConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        master_address: str = "127.0.0.1",
+        master_port: int = 0,
+        device: str = "cpu",
+        temperature: float = 1.0,
+        engine_dtype: str = "float32",
+        threads: int = 0,
+        seed: int = 0,
+    ):
+        """temperature: rollout.temperature. engine_dtype: what weights that are not quantized travel as ("float32",
+        "bfloat16", "float16"). threads: of torch, 0 leaves its default. master_port 0 is for world_size 1.
+
+        Raises ValueError for what the configuration gets wrong, OSError where model.path cannot be read."""
+        if threads:
+            torch.set_num_threads(threads)
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self._model_config, self._config, self._algorithm = model, learner, algorithm
+        self._correct = resolve(CORRECTIONS, algorithm.correction.name, "algorithm.correction.name")
+        self._policy_loss = resolve(POLICY_LOSSES, algorithm.policy_loss.name, "algorithm.policy_loss.name")
+        self._format = resolve(FORMATS, quantization.format, "quantization.format")
+        self._sync, self._engine_dtype = sync, engine_dtype
+        self._sender: WeightSender | None = None
+        join_process_group(rank, world_size, master_address, master_port, self.device)
+        seed_everything(seed)
+        weights = load_model(model)
+        names = linear_names(weights)
+        self._targets = frozenset() if quantization.format == "none" else select_targets(names, quantization.ignore)
+        if quantization.update_awareness is UpdateAwareness.invariant_scaling:
+            fold_invariant_scaling(weights, quantization.invariant_scale)
+        self.model = weights
+        policy = Policy(weights, temperature=temperature, activation_checkpointing=learner.activation_checkpointing)
+        self._engine = initialize(policy, learner, self.device)
+        self._reference = None
+        if algorithm.kl.coefficient:
+            self._reference = initialize_frozen(Policy(load_model(model), temperature=temperature), learner, self.device)
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps since the start of the run, through checkpoints."""
+        return int(self._engine.global_steps)
+
+    def train_step(self, mini_batches: Sequence[list[TrainingSample]], failure_dir: Path | None = None) -> StepResult:
+        """One optimizer step per mini-batch; `mini_batches` is this rank's share, of equal length on all ranks.
+
+        Old logprobs are those of the weights at entry. failure_dir: where the samples of a failing mini-batch are written.
+        Raises NonFiniteLoss, on all ranks alike, before a step that is not finite is applied."""
+        start = time.perf_counter()
+        steps = self._plan(mini_batches)
+        for step in steps:
+            for batch in step.batches:
+                if len(steps) > 1:  # with one step, the training forward itself runs at the old weights
+                    batch.old_logprobs = self._logprobs(self._engine, batch)
+                if self._reference is not None:
+                    batch.ref_logprobs = self._logprobs(self._reference, batch)
+        logprobs_done = time.perf_counter()
+        reports = [report for step in steps for report in self._optimizer_step(step, failure_dir)]
+        reports.append({
+            "policy/num_optimizer_steps": Last(len(steps)),
+            "policy/padding_fraction": Mean(padding_fraction([batch for step in steps for batch in step.batches])),
+        })
+        timings = {"time/logprob_s": logprobs_done - start, "time/update_s": time.perf_counter() - logprobs_done}
+        return StepResult(reports=reports, timings=timings)
+
+    def _plan(self, mini_batches: Sequence[list[TrainingSample]]) -> list[_MiniBatch]:
+        """Pack, agree with the other ranks on the number of micro-batches, and weigh sequences over all ranks."""
+        packed = [pack(samples, self._config.max_tokens_per_micro_batch) for samples in mini_batches]
+        lengths = [[sum(sample.loss_mask) for sample in samples] for samples in mini_batches]
+        mine = [(len(batches), counts) for batches, counts in zip(packed, lengths, strict=True)]
+        everyone: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(everyone, mine)
+        if len({len(theirs) for theirs in everyone}) != 1:
+            raise ValueError(f"ranks were given {[len(theirs) for theirs in everyone]} mini-batches; give each the same number")
+        steps = []
+        for samples, batches, *theirs in zip(mini_batches, packed, *everyone, strict=True):
+            batches += [empty_micro_batch() for _ in range(max(1, *(count for count, _ in theirs)) - len(batches))]
+            weights = token_weights([n for _, counts in theirs for n in counts], self._algorithm.policy_loss.aggregation)
+            first = sum(len(counts) for _, counts in theirs[: self.rank])
+            own = weights[first : first + len(samples)]
+            batches = [_to(batch, self.device) for batch in batches]
+            steps.append(_MiniBatch(
+                samples=samples, batches=batches, token_weights=[_spread(own, batch) for batch in batches],
+            ))
+        return steps
+
+    @torch.no_grad()
+    def _logprobs(self, policy: Any, batch: MicroBatch) -> Tensor:
+        return policy(batch.input_ids, batch.position_ids, batch.loss_mask)[0]
+
+    def _optimizer_step(self, step: _MiniBatch, failure_dir: Path | None) -> list[dict[str, Metric]]:
+        reports = []
+        suspects: list[str] = []
+        learning_rate = self._engine.get_lr()[0]
+        for i, (batch, weights) in enumerate(zip(step.batches, step.token_weights, strict=True)):
+            is_last = i == len(step.batches) - 1
+            self._engine.set_gradient_accumulation_boundary(is_last)
+            logprobs, entropy = self._engine(batch.input_ids, batch.position_ids, batch.loss_mask)
+            loss, report = self._objective(batch, logprobs, entropy, weights)
+            reports.append(report)
+            if not math.isfinite(loss.item()):
+                suspects += [step.samples[index].sample_id for index in batch.sample_indices]
+            if is_last and suspects:
+                loss = loss * math.nan  # every rank learns of it through the gradient and skips the step together
+            self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        grad_norm = apply_gradients(self._engine)
+        if grad_norm is None:
+            self._fail(step, suspects, failure_dir)
+        reports.append({"policy/grad_norm": Mean(grad_norm), "policy/learning_rate": Last(learning_rate)})
+        return reports
+
+    def _objective(
+        self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, weights: Tensor
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """(this micro-batch's part of the mini-batch loss, metrics)."""
+        config, mask = self._algorithm, batch.loss_mask
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        correction = self._correct(old_logprobs, batch.rollout_logprobs, mask, config.correction)
+        output = self._policy_loss(PolicyLossInputs(
+            logprobs=logprobs, base_logprobs=correction.base_logprobs, advantages=batch.advantages, mask=correction.keep_mask,
+            weights=correction.weights, clip_high_scale=correction.clip_high_scale,
+        ), config.policy_loss)
+        num_tokens = int(mask.sum())
+        report: dict[str, Metric] = {
+            **correction.metrics,
+            **output.metrics,
+            "policy/entropy": Mean(float(entropy.sum()) / max(1, num_tokens), weight=num_tokens),
+            "policy/tokens": Sum(num_tokens),
+        }
+        loss = output.loss
+        if batch.ref_logprobs is not None:
+            penalty = kl_penalty(logprobs, batch.ref_logprobs, correction.keep_mask, config.kl.estimator)
+            report["policy/kl_loss"] = Mean(float(penalty.detach().sum()) / max(1, num_tokens), weight=num_tokens)
+            loss = loss + config.kl.coefficient * penalty
+        return (loss * weights).sum(), report
+
+    def _fail(self, step: _MiniBatch, suspects: list[str], failure_dir: Path | None) -> None:
+        what = f"loss is not finite in {len(suspects)} samples" if suspects else "gradient is not finite, or another rank's loss"
+        message = f"optimizer step {self.num_optimizer_steps}, rank {self.rank}: {what}; the step was not applied"
+        if failure_dir is not None:
+            path = Path(failure_dir) / f"nonfinite_rank{self.rank}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"suspects": suspects, "samples": [asdict(sample) for sample in step.samples]}))
+            message += f"; its samples are in {path}"
+        raise NonFiniteLoss(message, suspects)
+
+    def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of this rank's share; under ZeRO-3 all ranks must iterate to the end."""
+        return iter_share(self.model, self.rank, self.world_size)
+
+    def send_weights(self, version: int, engines: Sequence[Any]) -> SendReport:
+        """Encode this rank's share of the weights and stream it to the engines as `version`. Raises SyncError."""
+        from qurl.sync import WeightSender
+
+        if self._sender is None:
+            self._sender = WeightSender(
+                self._sync, self._format, self._targets, getattr(torch, self._engine_dtype), self.rank, self.world_size
+            )
+        tensors = self.iter_weights()
+        try:
+            return self._sender.send(version, tensors, list(engines))
+        finally:
+            for _ in tensors:  # after an error, still take part in gathering, or the other ranks would wait forever
+                pass
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write weights, optimizer, schedule and random states; every rank writes its part."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        torch.save(random_states(self.device), folder / f"random_rank{self.rank}.pt")
+        if self.rank == 0:
+            (folder / "learner.json").write_text(json.dumps(self._identity()))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue bit for bit from what save_checkpoint wrote. Invariant scaling is in the weights read.
+
+        Raises ValueError where it was written with another number of ranks, ZeRO stage or dtype, FileNotFoundError where parts
+        are missing."""
+        folder = Path(folder)
+        found = json.loads((folder / "learner.json").read_text())
+        if found != self._identity():
+            raise ValueError(f"checkpoint {folder} was written with {found}, this run has {self._identity()}; set them alike")
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise FileNotFoundError(f"checkpoint {folder} has no readable {TAG}/ for rank {self.rank}")
+        restore_random_states(torch.load(folder / f"random_rank{self.rank}.pt", weights_only=False), self.device)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the learner that loads it."""
+        return {
+            "learner.num_ranks": self.world_size,
+            "learner.zero_stage": self._config.zero_stage,
+            "learner.dtype": self._config.dtype.value,
+        }
+
+    def export_hf(self, folder: Path) -> None:
+        """Write a Hugging Face folder: weights, config and the tokenizer's files. All ranks call it; rank 0 writes."""
+        state = {name: tensor.cpu() for name, tensor in iter_all_weights(self.model) if self.rank == 0}
+        if self.rank == 0:
+            self.model.save_pretrained(folder, state_dict=state)
+            copy_tokenizer(self._model_config, Path(folder))
+        distributed.barrier()
+
+
+def _spread(weights: list[float], batch: MicroBatch) -> Tensor:
+    """[B, L] float32: each position the weight of its sequence, 0 on padding."""
+    by_segment = torch.tensor([*(weights[index] for index in batch.sample_indices), 0.0], dtype=torch.float32)
+    return by_segment.to(batch.segment_ids.device)[batch.segment_ids]  # -1, padding, is the last
+
+
+def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})

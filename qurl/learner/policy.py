@@ -1,0 +1,87 @@
+"""The policy as training sees it: packed tokens in, one logprob per trained token out.
+
+The costly tensor of this computation is not in the transformer: [tokens, vocabulary] logits in float32 are 20 GB for 32k
+tokens of a 150k vocabulary, and backward wants several copies. So the output layer runs only where a token is trained, over
+chunks of tokens, and a chunk's logits are recomputed in backward instead of kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGIT_BYTES = 256 << 20
+"""Bound on one chunk of float32 logits; with a single chunk nothing is recomputed."""
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal language model that returns logprobs of given tokens.
+
+    temperature: the sampler's, > 0; divides the logits, so that logprobs speak of the distribution that is sampled from.
+    Dropout is off in training too: old and current logprobs must be those of one function."""
+
+    def __init__(self, model: nn.Module, *, temperature: float, activation_checkpointing: bool = False):
+        """Raises ValueError for a temperature that training cannot use, or a model whose logits are not its output layer."""
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"rollout.temperature={temperature} cannot be trained on; use a value > 0")
+        self.model = model
+        self.temperature = temperature
+        self._flatten = "flash" in (model.config._attn_implementation or "")  # varlen kernels take one row
+        _check_output_layer(model)
+        model.eval()
+        if activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in model.modules():  # transformers asks the layer's own flag; its children stay without dropout
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(logprobs, entropy), both [B, L] float32 and 0 where loss_mask is False; entropy carries no gradient.
+
+        input_ids, position_ids [B, L] int64 and loss_mask [B, L] bool as in MicroBatch."""
+        rows, columns = loss_mask.nonzero(as_tuple=True)
+        hidden = self._hidden(input_ids, position_ids)[rows, columns - 1]  # what stands before a token predicts it
+        targets = input_ids[rows, columns]
+        head = self.model.get_output_embeddings()
+        size = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+        if len(targets) <= size:
+            parts = [_score(head, hidden, targets, self.temperature)]
+        else:
+            parts = [
+                checkpoint(_score, head, h, t, self.temperature, use_reentrant=False)
+                for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+            ]
+        logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+        zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=loss_mask.device)
+        return zeros.index_put((rows, columns), logprobs), zeros.index_put((rows, columns), entropy)
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, L, H] final hidden states."""
+        shape = input_ids.shape
+        if self._flatten:
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return hidden.reshape(*shape, -1)
+
+
+def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """([N] logprobs of targets, [N] entropy) from [N, H] hidden states."""
+    logits = head(hidden).float()
+    log_probs = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    return log_probs.gather(1, targets[:, None])[:, 0], entropy
+
+
+@torch.no_grad()
+def _check_output_layer(model: nn.Module) -> None:
+    """Some models cap or scale logits after the output layer, which forward() above would miss."""
+    ids = torch.tensor([[1, 2, 0]], device=next(model.parameters()).device)
+    expected = model(input_ids=ids, use_cache=False).logits
+    found = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"model.path: {type(model).__name__} changes logits after its output layer (soft cap or scale), which the learner "
+            "does not compute; use a model without it"
+        )
