@@ -1,8 +1,9 @@
 """Hydra composition at the edge: overrides in, plain dataclasses out.
 
 Defaults live on the dataclasses; a YAML in configs/ holds differences. Everything below this module sees `TrainConfig`, never a
-`DictConfig`. Two liberties over plain Hydra: a key below a dictionary field needs no `+` (`rollout.engine_args.enforce_eager=true`),
-and `recipe=` takes the path of a YAML as well as a name, so the saved config.yaml of a run is a recipe too."""
+`DictConfig`. Two liberties over plain Hydra: a key below a dictionary field needs no `+`, as in
+`rollout.engine_args.enforce_eager=true`, and `recipe=` takes the path of a YAML as well as a name, so the config.yaml of a run is a
+recipe too."""
 
 from __future__ import annotations
 
@@ -78,7 +79,7 @@ def _parse(line: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(line)
     except HydraException as error:
-        raise ConfigError(f"cannot read override {line!r}: write key=value, and quote values with spaces or = : key='a=b'") from error
+        raise ConfigError(f"cannot read override {line!r}: write key=value; quote a value with = in it: key='a=b'") from error
     if override.type is OverrideType.DEL:
         raise ConfigError(f"{line}: keys cannot be deleted; set a value, or null where the key allows it")
     return override

@@ -31,10 +31,10 @@ def place(config: TrainConfig, num_gpus: int | None = None, num_cores: int | Non
     remote cluster (cluster.address) are Ray's to find."""
     num_gpus = len(hardware.gpus()) if num_gpus is None else num_gpus
     num_cores = hardware.num_cores() if num_cores is None else num_cores
-    cluster, rollout, learner = config.cluster, config.rollout, config.learner
+    cluster = config.cluster
     is_local = cluster.address is None
     if cluster.device is Device.cuda and is_local and num_gpus == 0:
-        raise ConfigError("cluster.device=cuda but torch sees no CUDA device; use cluster.device=cpu, or cluster.address of a Ray cluster")
+        raise ConfigError("cluster.device=cuda but torch sees no CUDA device; use cluster.device=cpu or cluster.address=auto")
     on_gpu = cluster.device is Device.cuda or (cluster.device is Device.auto and num_gpus > 0)
     if on_gpu and is_local:
         _check_gpus(config, num_gpus)
@@ -44,7 +44,7 @@ def place(config: TrainConfig, num_gpus: int | None = None, num_cores: int | Non
         device="cuda" if on_gpu else "cpu",
         engine_threads=cluster.engine_threads or engine_threads,
         learner_threads=cluster.learner_threads or learner_threads,
-        gpus_per_engine=share * rollout.tensor_parallel_size if on_gpu else 0.0,
+        gpus_per_engine=share * config.rollout.tensor_parallel_size if on_gpu else 0.0,
         gpus_per_rank=share if on_gpu else 0.0,
     )
 

@@ -12,6 +12,7 @@ class SyncConfig:
     transport: str = "auto"  # auto or a key of qurl.sync.TRANSPORTS: object_store, shared_memory, gloo, nccl, cuda_ipc
     bucket_bytes: int = 256 << 20
     max_inflight_buckets: int = 2
+    timeout_s: float = 300.0  # an engine that does not answer one step of an update for so long is replaced
     max_retries: int = 2  # per engine and update; then the engine is replaced
     track_changes: bool = True  # report sync/changed_code_fraction; keeps the previous codes in learner host memory
     delta: bool = False  # ship only changed codes where that is smaller; needs track_changes

@@ -103,7 +103,7 @@ def _quantization(config: QuantizationConfig) -> None:
     if config.format == "none":
         _require(not config.ignore, "quantization.ignore", config.ignore, "[] with quantization=none, where nothing is quantized")
         scaled = config.update_awareness is UpdateAwareness.invariant_scaling
-        _require(not scaled, "quantization.update_awareness", "invariant_scaling", "none with quantization=none, or quantization=int8")
+        _require(not scaled, "quantization.update_awareness", "invariant_scaling", "none, or quantization=int8")
 
 
 def _rollout(config: RolloutConfig) -> None:
@@ -124,7 +124,7 @@ def _learner(config: LearnerConfig) -> None:
     _positive("learner.", config, "learning_rate", "adam_epsilon", "max_grad_norm")
     _require(config.zero_stage in range(4), "learner.zero_stage", config.zero_stage, "0, 1, 2 or 3")
     betas = config.adam_betas
-    _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "learner.adam_betas", betas, "two numbers in [0, 1), e.g. [0.9,0.999]")
+    _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "learner.adam_betas", betas, "two numbers in [0, 1)")
 
 
 def _sync(config: SyncConfig) -> None:

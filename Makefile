@@ -1,0 +1,42 @@
+# make quickstart   install, prepare, train a small model by RLVR on INT8 rollouts, write the report (about ten minutes on two cores)
+# make test         unit and end-to-end tests;  make check: lint, types, layers, unit tests
+
+SHELL := /bin/bash
+QURL := .venv/bin/qurl
+PYTHON := .venv/bin/python
+
+.PHONY: help setup quickstart test unit e2e check lock bench clean
+
+help:
+	@grep '^# make' Makefile | cut -c3-
+
+setup:
+	@scripts/setup.sh
+
+quickstart: setup
+	$(QURL) doctor
+	$(QURL) prepare quickstart
+	$(QURL) train recipe=quickstart
+	$(QURL) report runs/quickstart
+
+test: unit e2e
+
+unit: setup
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/unit tests/contract
+
+e2e: setup
+	$(PYTHON) -m pytest -q tests/e2e
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/unit
+
+lock: setup
+	scripts/lock.sh
+
+bench: setup
+	$(QURL) bench rollout
+
+clean:
+	rm -rf .venv dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
