@@ -77,7 +77,7 @@ def _from_folder(folder: Path, stack: ExitStack) -> _Source:
 
     shards = _shards(folder)
     if not (folder / "config.json").is_file() or not shards:
-        raise ValueError(f"{folder} is no local Hugging Face folder with config.json and model*.safetensors; download or convert it")
+        raise ValueError(f"{folder} is no Hugging Face folder with config.json and model*.safetensors; download or convert it")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     readers = [stack.enter_context(safe_open(shard, framework="pt")) for shard in shards]
