@@ -119,7 +119,9 @@ def test_no_gradient_flows_through_a_correction():
         assert not (result.base_logprobs.requires_grad or result.weights.requires_grad or result.clip_high_scale.requires_grad)
 
 
-@pytest.mark.parametrize("key, value", [("truncation", 0.0), ("truncation", math.nan), ("max_clip_scale", 0.5), ("max_clip_scale", math.nan)])
+@pytest.mark.parametrize(
+    "key, value", [("truncation", 0.0), ("truncation", math.nan), ("max_clip_scale", 0.5), ("max_clip_scale", math.nan)]
+)
 def test_bounds_that_make_no_sense_are_refused_by_key(key, value):
     with pytest.raises(ValueError, match=f"algorithm.correction.{key}="):
         CORRECTIONS["acr"](*logprob_pair(), CorrectionConfig(**{key: value}))
