@@ -1,0 +1,84 @@
+"""The process that runs the reward function: `python -m qurl.rewards.worker <fd of its connection> <pid of its parent>`.
+
+It serves one response at a time on its main thread and knows no time limit; the pool kills it. It must not outlive the pool: on
+Linux the kernel kills it with the parent, even inside a C call that never returns; elsewhere it ends when it reads the closed
+connection."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from qurl.config import RewardConfig
+from qurl.plug import resolve
+from qurl.rewards import REWARDS
+from qurl.rewards.binding import KEY, Score, bind
+from qurl.types import Prompt
+
+MAX_MESSAGE_CHARACTERS = 500
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Load the function, say so, then answer until the connection closes.
+
+    Receives (config, sys.path), sends an error or None; then receives (response, prompt) and sends (value | None, error | None,
+    elapsed seconds) per response."""
+    connection = Connection(int(sys.argv[1]))
+    _die_with_parent(int(sys.argv[2]))
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        config, sys.path[:] = connection.recv()
+        try:
+            score = _load(config)
+        except Exception as error:  # trust boundary: a module may raise anything while it is imported
+            text = str(error)
+            connection.send(
+                text if text.startswith("reward.") else f"{KEY}={config.function!r} cannot be loaded: {_describe(error)}"
+            )
+            return
+        connection.send(None)
+        while True:
+            connection.send(_call(score, *connection.recv()))
+
+
+def _load(config: RewardConfig) -> Score:
+    function = resolve(REWARDS, config.function, KEY)
+    is_builtin = config.function in REWARDS
+    score = bind(function, config, is_builtin)
+    if is_builtin:  # the first call loads libraries; not at the expense of a response's time limit
+        function(response="\\boxed{1+1}", ground_truth="2")
+    return score
+
+
+def _call(score: Score, response: str, prompt: Prompt) -> tuple[float | None, str | None, float]:
+    start = time.perf_counter()
+    try:
+        value, error = score(response, prompt), None
+    except Exception as raised:  # trust boundary: a verifier may raise anything, and each is reported as an error
+        value, error = None, _describe(raised)
+    return value, error, time.perf_counter() - start
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARACTERS]
+
+
+def _die_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # where memory runs out, a verifier is the one to go
+            Path("/proc/self/oom_score_adj").write_text("1000")
+    if os.getppid() != parent:  # it died before the line above
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
