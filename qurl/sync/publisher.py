@@ -1,0 +1,154 @@
+"""The driver's part of a weight update: who gets it, again if need be, and what it cost.
+
+begin on every engine -> all learner ranks send -> the manifest of all ranks -> commit on every engine. An engine takes up sampling
+with its own commit, whatever becomes of the others. Those that reject get the whole update once more, up to `max_retries` times;
+those that do not answer are given up at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from qurl.config.sync import SyncConfig
+from qurl.observability.metrics import Last, Max, Mean, Metric, Min, Sum
+from qurl.sync.protocol import EngineHandle, RemoteResult
+from qurl.sync.sender import SendReport, last_line, merge_records
+
+logger = logging.getLogger(__name__)
+
+
+class WeightSource(Protocol):
+    """The learner ranks, seen from the driver."""
+
+    async def send_weights(self, version: int, engines: Sequence[EngineHandle], full: bool) -> list[SendReport]:
+        """Every rank sends its share of the current weights; one report per rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishReport:
+    """A finished update."""
+
+    metrics: dict[str, Metric]
+    failed_engines: list[EngineHandle]  # do not hold the version and should be replaced
+
+
+@dataclass(slots=True)
+class _Failures:
+    """Engines that failed in one attempt: index -> reason."""
+
+    retriable: dict[int, str] = field(default_factory=dict)
+    final: dict[int, str] = field(default_factory=dict)
+
+    def note(self, index: int, error: BaseException) -> None:
+        """A silent engine would only keep everyone waiting again."""
+        (self.final if isinstance(error, TimeoutError) else self.retriable)[index] = last_line(error)
+
+
+async def publish(
+    version: int,
+    source: WeightSource,
+    engines: Sequence[EngineHandle],
+    *,
+    config: SyncConfig | None = None,
+    full: bool = False,
+) -> PublishReport:
+    """Bring engines to `version`. full: for engines that do not hold the version published before.
+
+    config: the run's sync group. Raises SyncError where ranks contradict each other, and what send_weights raises."""
+    config = config or SyncConfig()
+    pending = list(range(len(engines)))
+    given_up: dict[int, str] = {}
+    first_reports: list[SendReport] = []
+    install_s, retries = [0.0], 0
+    for attempt in range(config.max_retries + 1):
+        failures = _Failures()
+        taking_part = await _begin(version, engines, pending, failures, config.timeout_s)
+        if taking_part:
+            retries += len(taking_part) if attempt else 0
+            reports = await source.send_weights(version, [engines[i] for i in taking_part], full or attempt > 0)
+            first_reports = first_reports or reports
+            install_s += await _commit(version, engines, taking_part, reports, failures, config.timeout_s)
+        given_up |= failures.final
+        pending = sorted(failures.retriable)
+        if not pending:
+            break
+        logger.warning("version %d was rejected by engines %s", version, failures.retriable)
+    given_up |= {index: failures.retriable[index] for index in pending}
+    for index, reason in given_up.items():
+        logger.error("engine %d does not hold version %d and is given up: %s", index, version, reason)
+    metrics = _metrics(version, first_reports, max(install_s), retries)
+    return PublishReport(metrics=metrics, failed_engines=[engines[index] for index in sorted(given_up)])
+
+
+async def _begin(
+    version: int, engines: Sequence[EngineHandle], pending: Sequence[int], failures: _Failures, timeout_s: float
+) -> list[int]:
+    """Indices of the engines that are waiting for buckets."""
+    answers = await _all(timeout_s, [engines[i].begin_weight_update.remote(version) for i in pending])
+    return _succeeded(pending, answers, failures)
+
+
+async def _commit(
+    version: int,
+    engines: Sequence[EngineHandle],
+    taking_part: Sequence[int],
+    reports: Sequence[SendReport],
+    failures: _Failures,
+    timeout_s: float,
+) -> list[float]:
+    """Commit on the engines that took every bucket; seconds each spent installing."""
+    manifest = merge_records(reports)
+    for report in reports:
+        for position, reason in report.failed.items():
+            kind = failures.final if position in report.unresponsive else failures.retriable
+            kind.setdefault(taking_part[position], reason)
+    for index in failures.final:
+        failures.retriable.pop(index, None)
+    complete = [i for i in taking_part if i not in failures.retriable and i not in failures.final]
+    answers = await _all(timeout_s, [engines[i].commit_weight_update.remote(version, manifest) for i in complete])
+    committed = _succeeded(complete, answers, failures)
+    return [float(answer) for i, answer in zip(complete, answers, strict=True) if i in committed]
+
+
+async def _all(timeout_s: float, calls: Sequence[RemoteResult]) -> list[Any]:
+    """Results or exceptions, in order; TimeoutError for a call that is not done in time."""
+    return await asyncio.gather(*(asyncio.wait_for(_await(call), timeout_s) for call in calls), return_exceptions=True)
+
+
+async def _await(call: RemoteResult) -> Any:
+    return await call
+
+
+def _succeeded(indices: Sequence[int], answers: Sequence[Any], failures: _Failures) -> list[int]:
+    """Indices without an exception; the others are noted."""
+    succeeded = []
+    for index, answer in zip(indices, answers, strict=True):
+        if isinstance(answer, BaseException):
+            failures.note(index, answer)
+        else:
+            succeeded.append(index)
+    return succeeded
+
+
+def _metrics(version: int, reports: Sequence[SendReport], install_s: float, retries: int) -> dict[str, Metric]:
+    """sync/* of one update: its first attempt's transfer, since a second one compares the weights with themselves."""
+    metrics: dict[str, Metric] = {
+        "sync/install_s": Max(install_s),
+        "sync/retry_count": Sum(retries),
+        "sync/weight_version": Last(version),
+    }
+    if reports:
+        metrics["sync/encode_s"] = Max(max(report.encode_s for report in reports))
+        metrics["sync/transfer_s"] = Max(max(report.transfer_s for report in reports))
+        metrics["sync/bytes"] = Sum(sum(report.num_bytes for report in reports))
+    num_codes = sum(report.num_codes for report in reports)
+    if num_codes:
+        changed = sum(report.num_changed_codes for report in reports)
+        metrics["sync/changed_code_fraction"] = Mean(changed / num_codes, weight=num_codes)
+    sqnrs = [report.sqnr_min_db for report in reports if report.sqnr_min_db is not None]
+    if sqnrs:
+        metrics["quantization/sqnr_min_db"] = Min(min(sqnrs))
+    return metrics
