@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from qurl.config.sync import SyncConfig
 from qurl.observability.metrics import Last, Max, Mean, Metric, Min, Sum
 from qurl.sync.protocol import EngineHandle, RemoteResult
-from qurl.sync.sender import SendReport, last_line, merge_records
+from qurl.sync.sender import SendReport, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 class WeightSource(Protocol):
     """The learner ranks, seen from the driver."""
 
-    async def send_weights(self, version: int, engines: Sequence[EngineHandle], full: bool) -> list[SendReport]:
-        """Every rank sends its share of the current weights; one report per rank."""
+    async def send_weights(self, version: int, engines: Sequence[EngineHandle], full: bool) -> SendReport:
+        """Every rank sends its share of the current weights (WeightSender.send); the merged report (merge_send_reports)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,16 +61,16 @@ async def publish(
     config = config or SyncConfig()
     pending = list(range(len(engines)))
     given_up: dict[int, str] = {}
-    first_reports: list[SendReport] = []
+    first_report: SendReport | None = None
     install_s, retries = [0.0], 0
     for attempt in range(config.max_retries + 1):
         failures = _Failures()
         taking_part = await _begin(version, engines, pending, failures, config.timeout_s)
         if taking_part:
             retries += len(taking_part) if attempt else 0
-            reports = await source.send_weights(version, [engines[i] for i in taking_part], full or attempt > 0)
-            first_reports = first_reports or reports
-            install_s += await _commit(version, engines, taking_part, reports, failures, config.timeout_s)
+            report = await source.send_weights(version, [engines[i] for i in taking_part], full or attempt > 0)
+            first_report = first_report or report
+            install_s += await _commit(version, engines, taking_part, report, failures, config.timeout_s)
         given_up |= failures.final
         pending = sorted(failures.retriable)
         if not pending:
@@ -79,7 +79,7 @@ async def publish(
     given_up |= {index: failures.retriable[index] for index in pending}
     for index, reason in given_up.items():
         logger.error("engine %d does not hold version %d and is given up: %s", index, version, reason)
-    metrics = _metrics(version, first_reports, max(install_s), retries)
+    metrics = _metrics(version, first_report, max(install_s), retries)
     return PublishReport(metrics=metrics, failed_engines=[engines[index] for index in sorted(given_up)])
 
 
@@ -95,20 +95,16 @@ async def _commit(
     version: int,
     engines: Sequence[EngineHandle],
     taking_part: Sequence[int],
-    reports: Sequence[SendReport],
+    report: SendReport,
     failures: _Failures,
     timeout_s: float,
 ) -> list[float]:
     """Commit on the engines that took every bucket; seconds each spent installing."""
-    manifest = merge_records(reports)
-    for report in reports:
-        for position, reason in report.failed.items():
-            kind = failures.final if position in report.unresponsive else failures.retriable
-            kind.setdefault(taking_part[position], reason)
-    for index in failures.final:
-        failures.retriable.pop(index, None)
-    complete = [i for i in taking_part if i not in failures.retriable and i not in failures.final]
-    answers = await _all(timeout_s, [engines[i].commit_weight_update.remote(version, manifest) for i in complete])
+    for position, reason in report.failed.items():
+        kind = failures.final if position in report.unresponsive else failures.retriable
+        kind[taking_part[position]] = reason
+    complete = [index for position, index in enumerate(taking_part) if position not in report.failed]
+    answers = await _all(timeout_s, [engines[i].commit_weight_update.remote(version, report.records) for i in complete])
     committed = _succeeded(complete, answers, failures)
     return [float(answer) for i, answer in zip(complete, answers, strict=True) if i in committed]
 
@@ -133,22 +129,19 @@ def _succeeded(indices: Sequence[int], answers: Sequence[Any], failures: _Failur
     return succeeded
 
 
-def _metrics(version: int, reports: Sequence[SendReport], install_s: float, retries: int) -> dict[str, Metric]:
-    """sync/* of one update: its first attempt's transfer, since a second one compares the weights with themselves."""
+def _metrics(version: int, report: SendReport | None, install_s: float, retries: int) -> dict[str, Metric]:
+    """sync/* of one update. report: of its first attempt, since a second one compares the weights with themselves."""
     metrics: dict[str, Metric] = {
         "sync/install_s": Max(install_s),
         "sync/retry_count": Sum(retries),
         "sync/weight_version": Last(version),
     }
-    if reports:
-        metrics["sync/encode_s"] = Max(max(report.encode_s for report in reports))
-        metrics["sync/transfer_s"] = Max(max(report.transfer_s for report in reports))
-        metrics["sync/bytes"] = Sum(sum(report.num_bytes for report in reports))
-    num_codes = sum(report.num_codes for report in reports)
-    if num_codes:
-        changed = sum(report.num_changed_codes for report in reports)
-        metrics["sync/changed_code_fraction"] = Mean(changed / num_codes, weight=num_codes)
-    sqnrs = [report.sqnr_min_db for report in reports if report.sqnr_min_db is not None]
-    if sqnrs:
-        metrics["quantization/sqnr_min_db"] = Min(min(sqnrs))
+    if report is not None:
+        metrics["sync/encode_s"] = Max(report.encode_s)
+        metrics["sync/transfer_s"] = Max(report.transfer_s)
+        metrics["sync/bytes"] = Last(report.num_bytes)
+        if report.num_codes:
+            metrics["sync/changed_code_fraction"] = Mean(report.num_changed_codes / report.num_codes, weight=report.num_codes)
+        if report.sqnr_min_db is not None:
+            metrics["quantization/sqnr_min_db"] = Min(report.sqnr_min_db)
     return metrics

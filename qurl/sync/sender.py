@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
@@ -35,15 +35,15 @@ UNQUANTIZED = "none"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SendReport:
-    """One rank's share of one update."""
+    """One rank's share of one update, or that of all ranks."""
 
-    records: list[TensorRecord]  # this rank's part of the manifest
+    records: list[TensorRecord]  # its part of the manifest
     encode_s: float  # reading the weights, encoding, fingerprints
     transfer_s: float  # packing, handing over and waiting for engines
     num_bytes: int  # per engine
     num_changed_codes: int  # quantized codes that differ from the previous version
     num_codes: int  # codes that were compared; 0 in the first update and without sync.track_changes
-    sqnr_min_db: float | None  # worst matrix of this rank, each measured at the latest SQNR_INTERVAL updates ago; None: no codes
+    sqnr_min_db: float | None  # worst matrix, each measured at the latest SQNR_INTERVAL updates ago; None: no codes
     failed: dict[int, str]  # index of an engine -> why it did not take all buckets
     unresponsive: frozenset[int]  # those of them that did not answer within sync.timeout_s
 
@@ -80,9 +80,8 @@ class WeightSender:
         if config.delta and not config.track_changes:
             raise ValueError("sync.delta=true needs the previous codes; set sync.track_changes=true")
         if config.bucket_bytes <= 0 or config.max_inflight_buckets <= 0:
-            raise ValueError(
-                f"sync.bucket_bytes={config.bucket_bytes} and sync.max_inflight_buckets={config.max_inflight_buckets}: both must be > 0"
-            )
+            given = f"sync.bucket_bytes={config.bucket_bytes} and sync.max_inflight_buckets={config.max_inflight_buckets}"
+            raise ValueError(f"{given}: both must be at least 1")
         assert 0 <= rank < world_size
         self._config = config
         self._format = quantization_format
@@ -239,17 +238,27 @@ def last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
-def merge_records(reports: Iterable[SendReport]) -> list[TensorRecord]:
-    """The manifest: all ranks' records. Raises SyncError where two ranks sent the same tensor or none sent any."""
-    manifest = [record for report in reports for record in report.records]
-    names = {record.name for record in manifest}
-    if len(names) < len(manifest):
-        seen: set[str] = set()
-        twice = sorted({r.name for r in manifest if r.name in seen or seen.add(r.name)})  # type: ignore[func-returns-value]
+def merge_send_reports(reports: Sequence[SendReport]) -> SendReport:
+    """All ranks' shares as one update: the slowest rank's seconds, everything else added up.
+
+    Raises SyncError where two ranks sent the same tensor or none sent any."""
+    records = [record for report in reports for record in report.records]
+    twice = sorted(name for name, count in Counter(record.name for record in records).items() if count > 1)
+    if twice:
         raise SyncError(f"{len(twice)} tensors were sent by more than one rank ({', '.join(twice[:3])})")
-    if not manifest:
+    if not records:
         raise SyncError("the learner sent no weights")
-    return manifest
+    return SendReport(
+        records=records,
+        encode_s=max(report.encode_s for report in reports),
+        transfer_s=max(report.transfer_s for report in reports),
+        num_bytes=sum(report.num_bytes for report in reports),
+        num_changed_codes=sum(report.num_changed_codes for report in reports),
+        num_codes=sum(report.num_codes for report in reports),
+        sqnr_min_db=min((report.sqnr_min_db for report in reports if report.sqnr_min_db is not None), default=None),
+        failed={index: reason for report in reports for index, reason in report.failed.items()},
+        unresponsive=frozenset().union(*(report.unresponsive for report in reports)),
+    )
 
 
 def _sqnr_db(weight: Tensor, decoded: Tensor) -> float:
