@@ -17,8 +17,7 @@ class Unquantized(QuantizationFormat):
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """The weight itself, not a copy."""
-        weight_matrix(weight, weight.dtype)
-        return {"weight": weight}
+        return {"weight": weight_matrix(weight, weight.dtype)}
 
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
         """[O, I] float32."""

@@ -1,5 +1,6 @@
 """Plain vLLM, without this project's plugin, loads exported folders and computes with their weights."""
 
+import copy
 import json
 import os
 import subprocess
@@ -26,15 +27,14 @@ print("LOGPROBS" + json.dumps([entry[token].logprob for entry, token in zip(out.
 """
 
 
-@pytest.fixture(scope="module")
-def model():
-    """A Qwen2 whose matrices fill whole 128x128 blocks, so that every format loads, with weights large enough to matter."""
+def random_decoder(family: str):
+    """A decoder whose matrices fill whole 128x128 blocks, so that every format loads, with weights large enough to matter."""
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(
+    config = getattr(transformers, f"{family}Config")(
         hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
         max_position_embeddings=64, tie_word_embeddings=False,
     )
-    model = transformers.Qwen2ForCausalLM(config).bfloat16().eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).bfloat16().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.08) if parameter.ndim == 2 else parameter.add_(0.3 * torch.randn_like(parameter))
@@ -44,7 +44,7 @@ def model():
 def prompt_logprobs(model) -> torch.Tensor:
     """Logprob of each token of PROMPT but the first, float32."""
     with torch.no_grad():
-        logprobs = model.float()(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+        logprobs = model(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
     return logprobs[:-1].gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
 
 
@@ -59,11 +59,15 @@ def vllm_prompt_logprobs(folder) -> torch.Tensor:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_block"])
-def test_vllm_loads_an_exported_checkpoint_and_agrees_with_its_decoded_weights(model, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "family"),
+    # vLLM's CPU kernel for FP8 blocks takes no bfloat16 bias, and Qwen2 has biases
+    [("int8", "Qwen2"), ("fp8", "Qwen2"), ("fp8_block", "Llama")],
+)
+def test_vllm_loads_an_exported_checkpoint_and_agrees_with_its_decoded_weights(tmp_path, name, family):
+    model = random_decoder(family)
     targets = export_checkpoint(model, tmp_path / "out", FORMATS[name])
-    decoded = transformers.Qwen2ForCausalLM(model.config)
-    decoded.load_state_dict(model.state_dict())
+    decoded = copy.deepcopy(model).float()
     with torch.no_grad():
         for target in targets:
             weight = decoded.get_parameter(f"{target}.weight")
