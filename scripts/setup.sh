@@ -21,12 +21,12 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check --no-input "$@"; }
 torch=$(grep '^torch==' "$lock")
 if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit('torch==' + m.version('torch') != '$torch')" 2>/dev/null; then
     # A local wheel where pip is told of one; elsewhere uv, which knows the index of PyTorch's CPU builds.
-    pip install --quiet --no-deps "$torch" 2>/dev/null || {
-        pip install --quiet uv
-        .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --torch-backend=cpu "${torch%+cpu}"
+    pip install -qq --no-deps "$torch" 2>/dev/null || {
+        pip install -qq uv
+        .venv/bin/uv pip install -qq --python .venv/bin/python --no-deps --torch-backend=cpu "${torch%+cpu}"
     }
 fi
 grep -v '^torch==' "$lock" > .venv/requirements.txt
-pip install --quiet --no-deps -r .venv/requirements.txt
-pip install --quiet --no-deps --no-build-isolation -e .
+pip install -qq --no-deps -r .venv/requirements.txt
+pip install -qq --no-deps --no-build-isolation -e .
 echo "$want" > "$stamp"

@@ -1,0 +1,87 @@
+"""The `qurl` command: which subcommands there are, and what an exit code means.
+
+    0    done
+    2    configuration or input error; one line on stderr says what, where and what would work
+    3    stopped by a guard (non-finite loss, error rate, engine restarts)
+    130  interrupted, after a checkpoint where there is something to save
+
+Subcommands import what they need when they run, so that `--help` and a mistyped key answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from qurl import __version__
+from qurl.errors import GuardStop
+
+EXIT_USER, EXIT_GUARD, EXIT_INTERRUPTED = 2, 3, 130
+
+COMMANDS = {
+    "train": "train a policy by reinforcement learning with verifiable rewards",
+    "plan": "show batches, memory, placement and wire bytes of a run, without starting it",
+    "prepare": "make the data and the starting model of a recipe",
+    "report": "one HTML page about a run, or several side by side",
+    "export": "write a Hugging Face folder from a run or model, quantized if asked",
+    "bench": "measure rollout or weight sync, as ratios to full precision",
+    "doctor": "what is installed, what this machine can run, what is wrong and the fix",
+}
+"""Subcommand -> what it does; `qurl.cli.<subcommand>` has add_arguments(parser) and main(args) -> exit code."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code. QURL_TRACEBACK=1 shows the traceback of a user error."""
+    args = _parser(sys.argv[1:] if argv is None else list(argv))
+    try:
+        return importlib.import_module(f"qurl.cli.{args.command}").main(args)
+    except ValueError as error:
+        return _fail(error, EXIT_USER)
+    except GuardStop as error:
+        return _fail(error, EXIT_GUARD)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `qurl plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser(argv: list[str]) -> argparse.Namespace:
+    """Parse, importing only the chosen command. Exits with 2 and one line for an unknown option."""
+    parser = _Parser(
+        prog="qurl",
+        description="Reinforcement learning with verifiable rewards on quantized rollouts.",
+        epilog="Examples:\n  qurl doctor\n  qurl prepare quickstart\n  qurl train recipe=quickstart quantization=int8\n"
+        "  qurl report runs/quickstart",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qurl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".", formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name in argv:
+            importlib.import_module(f"qurl.cli.{name}").add_arguments(command)
+    return parser.parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; ours is one line like every other."""
+
+    def error(self, message: str):
+        self.exit(EXIT_USER, f"error: {message}; see {self.prog} --help\n")
+
+
+def _fail(error: BaseException, code: int) -> int:
+    if os.environ.get("QURL_TRACEBACK") == "1":
+        raise error
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

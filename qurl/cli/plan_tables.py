@@ -1,0 +1,101 @@
+"""The plan as rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.table import Table
+
+from qurl.config.run import TrainConfig
+from qurl.plan import RunPlan
+
+GIB = 1 << 30
+
+
+def plan_tables(config: TrainConfig, plan: RunPlan) -> Iterator[Table]:
+    """One table per subject."""
+    yield _table("Iteration", _batch_rows(config, plan))
+    yield _table("Model and weight stream", _model_rows(config, plan))
+    yield _table("Placement", _placement_rows(config, plan))
+    yield _table(f"Memory of a learner rank (ZeRO {config.learner.zero_stage})", _learner_rows(plan))
+    yield _table("Memory of an engine", _engine_rows(plan))
+
+
+def _table(title: str, rows: Iterator[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _batch_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
+    batch, learner = plan.batch, config.learner
+    group = config.rollout.num_samples_per_prompt
+    yield "samples", f"{batch.num_prompts} prompts x {group} = {batch.num_samples:,}, {batch.num_samples_per_engine:,} per engine"
+    yield "tokens", f"at most {batch.max_tokens:,} ({batch.longest_tokens:,} per sample)"
+    yield "mini-batches", f"{batch.num_mini_batches} of {batch.num_samples_per_mini_batch:,} samples, an optimizer step each"
+    yield (
+        "micro-batches",
+        f"at most {batch.max_micro_batches} of {learner.max_tokens_per_micro_batch:,} tokens, per rank and mini-batch",
+    )
+    yield "run", f"{config.num_steps:,} iterations, {batch.num_optimizer_steps:,} optimizer steps"
+
+
+def _model_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
+    model = plan.model
+    shape = f"{model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size:,}"
+    yield config.model.path, f"{model.num_parameters:,} parameters; {shape}"
+    yield "quantized", f"{plan.num_quantized_modules} of {len(model.linear_names)} linear layers to {config.quantization.format}"
+    ratio = plan.bf16_bytes / plan.wire_bytes
+    yield "weight update", f"{_size(plan.wire_bytes)} per engine, {ratio:.2f} times fewer than bfloat16 ({_size(plan.bf16_bytes)})"
+
+
+def _placement_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
+    place, machine = plan.placement, plan.machine
+    engines, ranks = config.rollout.num_engines, config.learner.num_ranks
+    if place.device == "cpu":
+        turns = "in turns" if config.rollout.max_staleness == 0 else "at the same time"
+        yield "machine", f"{machine.cpu_name}, {machine.num_cores} cores, {_size(machine.memory_bytes)}"
+        yield "engines", f"{engines} x {place.engine_threads} threads, with the learner {turns}"
+        yield "learner ranks", f"{ranks} x {place.learner_threads} threads"
+    else:
+        size = config.rollout.tensor_parallel_size
+        name = machine.gpus[0].name if machine.gpus else "a remote cluster"
+        yield "machine", f"{len(machine.gpus) or '?'} x {name}"
+        if config.cluster.colocate:
+            yield "GPU i", f"engine i and learner rank i, i = 0..{ranks - 1}"
+        else:
+            yield "learner ranks", f"{ranks} GPUs, one each"
+            yield "engines", f"{engines * size} GPUs: {engines} x {size}"
+    yield "host memory", f"about {_size(plan.host_bytes)} over all processes"
+
+
+def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    memory = plan.learner
+    yield "weights", _size(memory.weights)
+    yield "gradients", _size(memory.gradients)
+    yield "optimizer", f"{_size(memory.optimizer)} (float32 master weights and moments)"
+    if memory.communication:
+        yield "reduce bucket", _size(memory.communication)
+    if memory.reference:
+        yield "reference policy", _size(memory.reference)
+    yield "activations", f"{_size(memory.activations)} (estimate)"
+    yield "logits", f"{_size(memory.logits)} (a chunk)"
+    yield "total", f"{_size(memory.on_device)} on the device"
+    if memory.previous_codes:
+        yield "previous codes", f"{_size(memory.previous_codes)} in host memory"
+
+
+def _engine_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    memory = plan.engine
+    yield "weights", _size(memory.weights)
+    yield "cache", f"{_size(memory.kv_per_sequence)} per full-length sequence, {_size(memory.kv_all)} for {memory.num_sequences}"
+    if memory.kv_pool is not None:
+        yield "cache reserved", _size(memory.kv_pool)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.2f} MiB"

@@ -1,0 +1,124 @@
+"""Memory of a learner rank and of an engine, in bytes.
+
+Weights, optimizer state and key-value cache are exact up to padding. Activations are an estimate that counts what backward keeps
+of a decoder layer with gated feed-forward and fused attention; allocator fragmentation comes on top."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from qurl.config.learner import LearnerDtype
+from qurl.config.run import TrainConfig
+from qurl.learner.policy import LOGIT_BYTES
+from qurl.plan.model_facts import ModelFacts
+from qurl.quantization import FORMATS
+from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
+from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
+
+DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+REDUCE_BUCKET_ELEMENTS = 500_000_000
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
+PROCESS_BYTES = 800 << 20
+"""Python, torch and vLLM or DeepSpeed in one process, measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerMemory:
+    """Of one rank, on its device; previous_codes are in host memory."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # float32 master weights where there are any, and Adam's two moments
+    communication: int  # DeepSpeed's reduce bucket
+    reference: int  # the frozen policy of a KL term
+    activations: int
+    logits: int
+    previous_codes: int
+
+    @property
+    def on_device(self) -> int:
+        """Everything but previous_codes."""
+        return (
+            self.weights + self.gradients + self.optimizer + self.communication + self.reference + self.activations + self.logits
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineMemory:
+    """Of one GPU of an engine, or of the engine on a CPU."""
+
+    weights: int
+    kv_per_sequence: int  # prompt and response at full length
+    num_sequences: int  # computed at the same time
+    kv_pool: int | None  # what vLLM reserves on a CPU; None on a GPU, where it takes what is left
+
+    @property
+    def kv_all(self) -> int:
+        """Cache that all concurrent sequences need at full length."""
+        return self.kv_per_sequence * self.num_sequences
+
+
+def engine_dtype(engine_args: dict[str, Any], model: ModelFacts) -> str:
+    """What the engine computes in: engine_args.dtype, else as vLLM's auto: float32 checkpoints run in bfloat16."""
+    asked = str(engine_args.get("dtype", "auto"))
+    if asked != "auto":
+        return asked
+    return "bfloat16" if model.dtype == "float32" else model.dtype
+
+
+def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) -> int:
+    """Bytes of one full weight update, which are also the bytes of the engine's weights."""
+    plain = DTYPE_BYTES.get(engine_dtype(config.rollout.engine_args, model), 2)
+    bits_per_weight = FORMATS[config.quantization.format].bits_per_weight
+    total = 0.0
+    for name, shape in model.parameters.items():
+        quantized = name.removesuffix(".weight") in targets
+        total += math.prod(shape) * (bits_per_weight(shape) / 8 if quantized else plain)
+    return math.ceil(total)
+
+
+def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int) -> LearnerMemory:
+    """One rank under learner.zero_stage (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1).
+
+    bfloat16 keeps gradients and master weights in float32; stage 0 then runs as stage 1. codes_bytes: of the whole model."""
+    learner = config.learner
+    size, ranks = model.num_parameters, learner.num_ranks
+    is_bf16 = learner.dtype is LearnerDtype.bfloat16
+    compute = 2 if is_bf16 else 4
+    stage = max(1, learner.zero_stage) if is_bf16 else learner.zero_stage
+    master = 4 if stage >= 1 else 0
+    tokens = learner.max_tokens_per_micro_batch
+    return LearnerMemory(
+        weights=size * compute // (ranks if stage == 3 else 1),
+        gradients=size * 4 // (ranks if stage >= 2 else 1),
+        optimizer=size * (8 + master) // (ranks if stage >= 1 else 1),
+        communication=min(size, REDUCE_BUCKET_ELEMENTS) * compute if stage >= 1 else 0,
+        reference=size * compute if config.algorithm.kl.coefficient > 0 else 0,
+        activations=tokens * _activations_per_token(model, learner.activation_checkpointing) * compute,
+        logits=3 * min(tokens * model.vocab_size * 4, LOGIT_BYTES),
+        previous_codes=codes_bytes // ranks if config.sync.track_changes else 0,
+    )
+
+
+def _activations_per_token(model: ModelFacts, checkpointing: bool) -> int:
+    """Values kept for backward: two norms with input and output, q, k, v and their rotated copies, the attention's output and
+    four tensors of the feed-forward part; with checkpointing one input per layer, and one layer in full."""
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    layer = 5 * model.hidden_size + 2 * heads + model.num_heads * model.head_dim + 4 * model.intermediate_size
+    return model.num_layers * model.hidden_size + layer if checkpointing else model.num_layers * layer
+
+
+def engine_memory(config: TrainConfig, model: ModelFacts, weight_bytes: int, longest: int, samples: int, device: str) -> EngineMemory:
+    """One GPU of an engine (or the engine on a CPU) that has `samples` responses of `longest` tokens to sample."""
+    rollout, arguments = config.rollout, config.rollout.engine_args
+    size = rollout.tensor_parallel_size
+    values = 1 if "fp8" in str(arguments.get("kv_cache_dtype", "")) else DTYPE_BYTES.get(engine_dtype(arguments, model), 2)
+    pool = arguments.get("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES if device == "cpu" else None)
+    return EngineMemory(
+        weights=weight_bytes // size,
+        kv_per_sequence=longest * model.kv_bytes_per_token(values) // min(size, model.num_kv_heads),
+        num_sequences=min(samples, int(arguments.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS))),
+        kv_pool=None if pool is None else int(pool),
+    )

@@ -1,0 +1,86 @@
+"""Sizes of a model from its config.json alone: the architecture is built on the meta device, no weight is read."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qurl.config.model import ModelConfig
+from qurl.errors import ConfigError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What memory and wire bytes depend on."""
+
+    parameters: dict[str, tuple[int, ...]]  # Hugging Face name -> shape; a tied head is not listed
+    linear_names: tuple[str, ...]
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int | None
+    dtype: str  # of the checkpoint: "bfloat16", "float32", ...
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers, tied ones once."""
+        return sum(math.prod(shape) for shape in self.parameters.values())
+
+    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
+
+
+def read_model_facts(config: ModelConfig) -> ModelFacts:
+    """Facts of model.path, a folder or a hub name. Raises ConfigError where it cannot be read or trained."""
+    _check_path(config.path)
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    remote = {"trust_remote_code": config.trust_remote_code}
+    try:
+        found = AutoConfig.from_pretrained(config.path, revision=config.revision, **remote)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found, **remote)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={config.path} cannot be read as a causal language model: {_first_line(error)}") from error
+    text = found.get_text_config()
+    if getattr(found, "quantization_config", None):
+        raise ConfigError(f"model.path={config.path} is a quantized checkpoint; the learner trains a full-precision one")
+    return ModelFacts(
+        parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        linear_names=tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear)),
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=getattr(text, "max_position_embeddings", None),
+        dtype=str(getattr(found, "dtype", None) or "float32").removeprefix("torch."),
+    )
+
+
+def _check_path(path: str) -> None:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path={path} is a folder without config.json; give one that a Hugging Face model was saved to")
+    elif folder.exists() or path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
+        raise ConfigError(f"model.path={path} does not exist; `qurl prepare NAME` makes the model of a recipe, or give a hub name")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

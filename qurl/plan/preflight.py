@@ -1,0 +1,76 @@
+"""What a configuration needs from the tables and files around it: names, datasets, the model's shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
+from qurl.config.data import DatasetConfig
+from qurl.config.run import TrainConfig
+from qurl.errors import ConfigError
+from qurl.learner.deepspeed_config import deepspeed_config
+from qurl.plan.model_facts import HUB_NAME, ModelFacts
+from qurl.plug import resolve
+from qurl.quantization import FORMATS, select_targets
+from qurl.rewards import REWARDS
+from qurl.rollout.vllm_engine import CONTROLLED_ARGS
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def check_names(config: TrainConfig) -> None:
+    """Every plug point answers to its name and no foreign argument is one of ours. Raises ValueError with the key."""
+    algorithm = config.algorithm
+    resolve(ADVANTAGES, algorithm.advantage.name, "algorithm.advantage.name")
+    resolve(CORRECTIONS, algorithm.correction.name, "algorithm.correction.name")
+    resolve(POLICY_LOSSES, algorithm.policy_loss.name, "algorithm.policy_loss.name")
+    resolve(REWARDS, config.reward.function, "reward.function")
+    if config.quantization.format not in FORMATS:
+        raise ConfigError(f"quantization.format={config.quantization.format} is unknown; use one of {', '.join(FORMATS)}")
+    deepspeed_config(config.learner, 1)
+    for name in sorted(CONTROLLED_ARGS & set(config.rollout.engine_args)):
+        raise ConfigError(f"rollout.engine_args.{name} is set by qurl itself from other keys; remove it")
+
+
+def check_datasets(config: TrainConfig) -> None:
+    """Local files exist and everything else looks like a hub dataset. Raises ConfigError."""
+    _check_dataset(config.data.train, "data.train.path")
+    for name, dataset in config.data.eval.items():
+        _check_dataset(dataset, f"data.eval.{name}.path")
+
+
+def _check_dataset(dataset: DatasetConfig, key: str) -> None:
+    path = Path(dataset.path).expanduser()
+    if path.is_file():
+        return
+    if path.suffix in FILE_SUFFIXES or dataset.path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(dataset.path):
+        raise ConfigError(f"{key}={dataset.path} does not exist; `qurl prepare NAME` makes the data of a recipe, or give a hub dataset")
+
+
+def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
+    """The model can be split and quantized as asked, and is long enough. Returns the modules that become low precision.
+
+    Raises ValueError with the key."""
+    size = config.rollout.tensor_parallel_size
+    if model.num_heads % size:
+        divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={size} does not divide the model's {model.num_heads} attention heads; "
+            f"use one of {', '.join(map(str, divisors))}"
+        )
+    if model.num_kv_heads % size and size % model.num_kv_heads:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={size} and the model's {model.num_kv_heads} key-value heads: one must divide the other"
+        )
+    longest = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
+    if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens (or evaluation's) = {longest} exceeds the model's "
+            f"{model.max_position_embeddings} positions; lower one of them"
+        )
+    if config.quantization.format == "none":
+        return frozenset()
+    experts = [name for name in model.parameters if ".experts." in name]
+    if experts:
+        raise ConfigError(f"quantization={config.quantization.format}: mixtures of experts are not supported ({experts[0]}); use none")
+    return select_targets(model.linear_names, config.quantization.ignore)
