@@ -1,1 +1,50 @@
-""""""
+"""The vLLM side of qurl: low-precision linear layers whose weights can be replaced while the engine lives.
+
+    engine_args(format, ignore)  what LLM(), EngineArgs or LLMEngine must be given
+    register()                   vLLM's entry point; runs in every vLLM process
+
+Importing this package imports nothing of vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+NAME = "qurl"
+"""Of the quantization method and of the weight-transfer engine, in vLLM's registries."""
+
+
+def register() -> None:
+    """Make the quantization method and the weight-transfer engine known to this process; more calls change nothing."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    from qurl.vllm_plugin import config  # noqa: F401  registers on import
+    from qurl.vllm_plugin.compat import has_weight_transfer_engine
+
+    if not has_weight_transfer_engine(NAME):
+        WeightTransferEngineFactory.register_engine(NAME, "qurl.vllm_plugin.transfer", "QurlWeightTransferEngine")
+
+
+def engine_args(format: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """Keyword arguments for vLLM's LLM or EngineArgs: an engine that holds `format` and accepts qurl's weight stream.
+
+    format: key of qurl.quantization.FORMATS. ignore: as quantization.ignore. The model may be an ordinary checkpoint, which is
+    encoded while it loads. A pattern of `ignore` that matches nothing raises ValueError when the engine starts. Raises ValueError
+    for an unknown format."""
+    return {
+        "quantization": NAME,
+        "hf_overrides": {"quantization_config": quantization_config(format, ignore)},
+        "weight_transfer_config": {"backend": NAME},
+    }
+
+
+def quantization_config(format: str, ignore: Sequence[str] = (), *, encoded: bool = False) -> dict[str, Any]:
+    """The `quantization_config` entry of config.json that selects this plugin.
+
+    encoded: the checkpoint already holds wire tensors (codes as "weight", float32 "weight_scale") for the quantized modules.
+    Raises ValueError for an unknown format."""
+    from qurl.quantization import FORMATS
+
+    if format not in FORMATS:
+        raise ValueError(f"quantization.format={format!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
+    return {"quant_method": NAME, "format": format, "ignore": list(ignore), "encoded": encoded}

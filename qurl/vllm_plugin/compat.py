@@ -1,0 +1,73 @@
+"""Everything of vLLM that is not its public surface; written for 0.32, and 0.26 where that costs nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from vllm import _custom_ops as ops
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
+
+
+def has_weight_transfer_engine(name: str) -> bool:
+    """Whether a weight-transfer engine of this name is registered; register_engine raises for a second one."""
+    return name in WeightTransferEngineFactory._registry
+
+
+def full_output_rows(layer: LinearBase) -> int:
+    """Rows of the layer's weight over all tensor-parallel ranks, as they travel: replicated KV heads count once."""
+    if isinstance(layer, QKVParallelLinear):
+        value_size = getattr(layer, "v_head_size", layer.head_size)
+        return (layer.total_num_heads + layer.total_num_kv_heads) * layer.head_size + layer.total_num_kv_heads * value_size
+    return layer.output_size
+
+
+def vllm_parameter_name(model: nn.Module, hf_name: str) -> str | None:
+    """Where a Hugging Face tensor ends up in the model; None where the model discards it."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return hf_name
+    mapped = mapper.apply_list([hf_name])
+    return mapped[0] if mapped else None
+
+
+def amx_int8_usable(rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether vLLM's AMX INT8 kernel can run this layer.
+
+    Stricter than vLLM 0.32's own check, which lets through what the kernel cannot do: its tiles have 32 rows (16 raise), and for
+    anything but bfloat16 activations it throws inside OpenMP, which ends the process."""
+    return (
+        torch.cpu._is_amx_tile_supported()
+        and hasattr(torch.ops._C, "int8_scaled_mm_with_quant")
+        and dtype == torch.bfloat16
+        and rows % 32 == 0
+        and columns % 32 == 0
+    )
+
+
+def amx_int8_pack(codes: Tensor) -> Tensor:
+    """Codes int8 [O, I] in the AMX kernel's layout."""
+    return torch.ops._C.convert_weight_packed(codes)
+
+
+def amx_int8_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, I] bfloat16 -> [T, O]; quantizes x per token. scale: float32 [O, 1]. bias: float32 [O]."""
+    return torch.ops._C.int8_scaled_mm_with_quant(x, packed, scale, bias, x.dtype, True)
+
+
+def onednn_int8_handler(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> ops.CPUDNNLGEMMHandler:
+    """Pack codes int8 [O, I] for oneDNN. The handler keeps a raw pointer to `scale`: the caller must keep that tensor alive."""
+    return ops.create_onednn_scaled_mm(codes.t(), scale, dtype, True, False, 32)
+
+
+def onednn_int8_linear(x: Tensor, handler_tensor: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+    """x [T, I] contiguous -> [T, rows] in x's dtype; quantizes x per token.
+
+    The calls that vLLM's wrappers make, without their Python: a decode step makes them a hundred times."""
+    num_tokens = x.shape[0]
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scale = torch.empty((num_tokens, 1), dtype=torch.float32)
+    torch.ops._C.dynamic_scaled_int8_quant(codes, x, scale, None)
+    out = torch.empty((num_tokens, rows), dtype=x.dtype)
+    torch.ops._C.onednn_scaled_mm(out, codes, scale, None, None, bias, handler_tensor)
+    return out

@@ -1,0 +1,88 @@
+"""vLLM's quantization config for every format of qurl: which layer gets which method."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from qurl.quantization import FORMATS, select_targets
+from qurl.quantization.base import QuantizationFormat
+from qurl.vllm_plugin import NAME
+from qurl.vllm_plugin.embedding import QurlEmbeddingMethod
+from qurl.vllm_plugin.linear import QurlLinearMethod
+
+
+@register_quantization_config(NAME)
+class QurlConfig(QuantizationConfig):
+    """One format for all linear layers but the ignored ones; embeddings and the output head stay in full precision.
+
+    Names of patterns are Hugging Face's. What matches is known only when the whole model is built, so each layer asks
+    `format_of` when its weights have been loaded."""
+
+    def __init__(self, format: QuantizationFormat, ignore: list[str], encoded: bool) -> None:
+        super().__init__()
+        self.format = format
+        self.ignore = ignore
+        self.encoded = encoded
+        self._linear_names: list[str] = []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QurlConfig:
+        """From the `quantization_config` of a config.json (see qurl.vllm_plugin.quantization_config)."""
+        name = cls.get_from_keys(config, ["format"])
+        if name not in FORMATS:
+            raise ValueError(f"quantization_config.format={name!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
+        return cls(FORMATS[name], list(config.get("ignore", ())), bool(config.get("encoded", False)))
+
+    def get_name(self) -> str:
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """QurlLinearMethod for linear layers, an embedding that is not packed as a head without need, else vLLM's default."""
+        if isinstance(layer, LinearBase):
+            names = self.hf_names(prefix)
+            self._linear_names += names
+            return QurlLinearMethod(self, names)
+        if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+            return QurlEmbeddingMethod()
+        return None
+
+    def hf_names(self, prefix: str) -> list[str]:
+        """The Hugging Face modules that vLLM fuses into the module `prefix`, in the order of their rows."""
+        parent, dot, leaf = prefix.rpartition(".")
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
+
+    def format_of(self, names: list[str]) -> QuantizationFormat:
+        """The format of a fused module. Raises ValueError where only some of its parts are ignored, or as select_targets does."""
+        chosen = [name in self._targets for name in names]
+        if any(chosen) and not all(chosen):
+            ignored = [name for name, is_target in zip(names, chosen, strict=True) if not is_target]
+            raise ValueError(
+                f"quantization.ignore={self.ignore} keeps {', '.join(ignored)} in full precision, but the engine runs "
+                f"{', '.join(names)} as one matrix; ignore all of them or none"
+            )
+        return self.format if all(chosen) else FORMATS["none"]
+
+    @cached_property
+    def _targets(self) -> frozenset[str]:
+        if self.format.name == "none":
+            return frozenset()
+        return select_targets(self._linear_names, self.ignore)

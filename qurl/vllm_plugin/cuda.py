@@ -1,0 +1,108 @@
+"""GPU kernels: vLLM's own W8A8 choices, given weights in the form they expect.
+
+vLLM's kernels keep their weights in the layer's parameters, so the linear method can move later weights into the storage that CUDA
+graphs captured. A kernel object is made once per layer and asked to process again after each update; it always gets unpadded
+tensors, since it derives the logical width from what it sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_int8_linear_kernel
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    GroupShape,
+    create_fp8_quant_key,
+    kFp8Dynamic128Sym,
+    kFp8DynamicTokenSym,
+    kFp8StaticChannelSym,
+)
+
+from qurl.quantization.base import QuantizationFormat
+from qurl.quantization.fp8_block import BLOCK
+from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter
+
+
+def select_cuda_kernel(format: QuantizationFormat, layer: nn.Module, shape: LayerShape) -> LinearKernel:
+    """vLLM's kernel for this GPU; needs a current vLLM config. Raises ValueError where it cannot run the format as W8A8."""
+    for name in ("input_scale", "input_zero_point", "azp_adj", "input_scale_ub"):
+        layer.register_parameter(name, None)  # vLLM's kernels ask for all of them
+    if format.name == "int8":
+        kernel = init_int8_linear_kernel(
+            is_channelwise=True, is_static_input_scheme=False, input_symmetric=True, module_name="QurlLinearMethod"
+        )
+        return CudaChannelwise(kernel, transposed_by_kernel=True)
+    if format.name == "fp8":
+        kernel = _fp8_kernel(shape, kFp8DynamicTokenSym, kFp8StaticChannelSym)
+        return CudaChannelwise(kernel, transposed_by_kernel=False)
+    if format.name == "fp8_block":
+        if any(rows % BLOCK for rows in shape.partitions[:-1]):
+            raise ValueError(
+                f"fp8_block cannot fuse matrices of {list(shape.partitions)} rows: all but the last need a multiple of {BLOCK}; "
+                "add the layer to quantization.ignore or use quantization.format=fp8"
+            )
+        layer.weight_block_size = [BLOCK, BLOCK]
+        weight_key = create_fp8_quant_key(static=True, group_shape=GroupShape(BLOCK, BLOCK))
+        return CudaBlockwise(_fp8_kernel(shape, kFp8Dynamic128Sym, weight_key), shape)
+    raise ValueError(f"quantization.format={format.name} has no GPU kernel; use int8, fp8, fp8_block or none")
+
+
+def _fp8_kernel(shape: LayerShape, activation_key: Any, weight_key: Any) -> Any:
+    kernel = init_fp8_linear_kernel(
+        activation_quant_key=activation_key,
+        weight_quant_key=weight_key,
+        input_dtype=shape.dtype,
+        out_dtype=shape.dtype,
+        weight_shape=(shape.rows, shape.columns),
+        module_name="QurlLinearMethod",
+    )
+    if "Marlin" in type(kernel).__name__:
+        raise ValueError(
+            f"this GPU has no FP8 arithmetic: vLLM offers {type(kernel).__name__}, which leaves activations in full precision; "
+            "use quantization.format=int8"
+        )
+    return kernel
+
+
+class CudaChannelwise(LinearKernel):
+    """INT8 and FP8 with one scale per row. Codes lie as [I, O], a transposed view; the kernel may pad them."""
+
+    def __init__(self, kernel: Any, *, transposed_by_kernel: bool) -> None:
+        self.kernel = kernel
+        self.transposed_by_kernel = transposed_by_kernel
+        self.code_shape = torch.Size()
+
+    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+        self.code_shape = codes.shape
+        layer.register_parameter("weight", as_parameter(codes if self.transposed_by_kernel else codes.t()))
+        layer.register_parameter("weight_scale", as_parameter(scale))
+        self.kernel.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.kernel.apply_weights(layer, x, bias)
+
+    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        rows, columns = self.code_shape
+        return layer.weight.data.t()[:rows, :columns], layer.weight_scale.data.reshape(-1, 1)[:rows]
+
+
+class CudaBlockwise(LinearKernel):
+    """FP8 in 128x128 blocks. Codes lie as [O, I]; scales are kept per row as well, for read_back, where the kernel re-lays them."""
+
+    def __init__(self, kernel: Any, shape: LayerShape) -> None:
+        self.kernel = kernel
+        self.shape = shape
+
+    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+        self.scale = scale
+        block_scale = torch.cat([part[::BLOCK] for part in scale.split(self.shape.partitions)])
+        layer.register_parameter("weight", as_parameter(codes))
+        layer.register_parameter("weight_scale_inv", as_parameter(block_scale))
+        self.kernel.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self.kernel.apply_weights(layer, x, bias)
+
+    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        return layer.weight.data[: self.shape.rows, : self.shape.columns], self.scale

@@ -1,0 +1,167 @@
+"""New weights into a living model.
+
+Tensors arrive under their Hugging Face names, in any order and in any portions. Each goes through the model's own load_weights,
+which knows how vLLM fuses and shards; a linear layer is made live as soon as all its tensors have come, so that at most the
+layers in transit are held twice. What one update must bring is the whole model: `finish` names what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+from qurl.vllm_plugin.compat import full_output_rows, vllm_parameter_name
+from qurl.vllm_plugin.kernels import scale_per_row
+from qurl.vllm_plugin.linear import QurlLinearMethod
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class WeightInstaller:
+    """Replaces the weights of a model that was built with qurl's quantization method.
+
+    Raises ValueError for a model whose linear layers have another method."""
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
+        self.model = model
+        self.vllm_config = vllm_config
+        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, LinearBase)}
+        for name, module in self.linears.items():
+            if not isinstance(module.quant_method, QurlLinearMethod):
+                raise ValueError(
+                    f"{name} runs on {type(module.quant_method).__name__}, which qurl cannot update; "
+                    "start the engine with qurl.vllm_plugin.engine_args"
+                )
+        self._expected = self._rows_of_an_update()
+        self._aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+            name for name, _ in model.named_parameters()
+        }
+        self.begin()
+
+    def begin(self) -> None:
+        """Start an update, forgetting what an unfinished one brought."""
+        self._missing_rows = dict(self._expected)
+        self._arrived: set[str] = set()
+        self._staged: set[str] = set()
+        self._matrix_rows: dict[str, int] = {}  # Hugging Face module -> rows, known from its codes
+        self._early_scales: dict[str, Tensor] = {}  # block scales that came before their codes
+
+    @torch.no_grad()
+    def install(self, items: Mapping[str, Tensor]) -> None:
+        """Take some tensors of the update: Hugging Face name -> wire tensor. They are copied, not kept.
+
+        Raises RuntimeError for a name the model does not have, one that comes twice, or a tensor in another format or shape."""
+        with set_current_vllm_config(self.vllm_config):
+            for name, tensor in items.items():
+                self._install_one(name, tensor)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Complete the update. Raises RuntimeError naming what did not arrive; the model must then not be used."""
+        missing = [name for name, rows in self._missing_rows.items() if rows > 0]
+        if missing:
+            listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            counts = f"{len(missing)} of {len(self._expected)}"
+            raise RuntimeError(f"the weight update lacks {counts} parameters, in whole or part: {listed}")
+        with set_current_vllm_config(self.vllm_config):
+            for module in self.model.modules():
+                if isinstance(module, VocabParallelEmbedding):  # an output head packs its own copy, also of a tied embedding
+                    module.quant_method.process_weights_after_loading(module)
+
+    @torch.no_grad()
+    def read_back(self, module_names: Iterable[str]) -> dict[str, Tensor]:
+        """The weights the engine really works with, decoded: Hugging Face module name -> float32 matrix or vector.
+
+        Under tensor parallelism this rank's part. Raises ValueError for a module that the model does not have."""
+        return {name: self._read_back_one(name) for name in module_names}
+
+    def _install_one(self, name: str, tensor: Tensor) -> None:
+        target = vllm_parameter_name(self.model, name)
+        if target is None or target in self._aliases:
+            return
+        if target not in self._expected:
+            raise RuntimeError(f"the weight update brings {name!r}, which is no parameter of this {type(self.model).__name__}")
+        if name in self._arrived:
+            raise RuntimeError(f"the weight update brings {name!r} twice")
+        module_name, _, leaf = target.rpartition(".")
+        if module_name not in self.linears:
+            self._load(name, target, tensor)
+            return
+        self._stage(module_name)
+        hf_module = name.rpartition(".")[0]
+        if leaf == "weight_scale":
+            self._early_scales[hf_module] = tensor.clone()
+        else:
+            self._load(name, target, self._checked(name, leaf, module_name, tensor))
+        if leaf == "weight":
+            self._matrix_rows[hf_module] = tensor.shape[0]
+        if hf_module in self._early_scales and hf_module in self._matrix_rows:
+            self._load_scale(module_name, hf_module)
+        if all(self._missing_rows.get(f"{module_name}.{leaf}", 0) == 0 for leaf in ("weight", "weight_scale", "bias")):
+            module = self.linears[module_name]
+            module.quant_method.process_weights_after_loading(module)
+
+    def _load(self, name: str, target: str, tensor: Tensor) -> None:
+        rows = tensor.shape[0] if tensor.dim() else 1
+        if rows > self._missing_rows[target]:
+            raise RuntimeError(f"{name!r} has {rows} rows where {target!r} still misses {self._missing_rows[target]}")
+        self.model.load_weights([(name, tensor)])
+        self._missing_rows[target] -= rows
+        self._arrived.add(name)
+
+    def _load_scale(self, module_name: str, hf_module: str) -> None:
+        format_name = self.linears[module_name].quant_method.format.name
+        scale = scale_per_row(format_name, self._early_scales.pop(hf_module), self._matrix_rows[hf_module])
+        self._load(f"{hf_module}.weight_scale", f"{module_name}.weight_scale", scale)
+
+    def _stage(self, module_name: str) -> None:
+        if module_name not in self._staged:
+            self._staged.add(module_name)
+            module = self.linears[module_name]
+            module.quant_method.stage(module)
+
+    def _checked(self, name: str, leaf: str, module_name: str, tensor: Tensor) -> Tensor:
+        """The tensor as a fresh engine would hold it. Raises RuntimeError where it is not in the layer's format."""
+        method = self.linears[module_name].quant_method
+        if leaf == "weight" and method.format.name != "none":
+            if tensor.dtype != method.code_dtype:
+                raise RuntimeError(
+                    f"{name!r} came as {tensor.dtype}, but the engine holds {method.format.name} there, {method.code_dtype}; "
+                    "learner and engines must use the same quantization.format and quantization.ignore"
+                )
+            return tensor
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"{name!r} came as {tensor.dtype}, but the engine keeps it in full precision")
+        return tensor.to(method.shape.dtype)
+
+    def _rows_of_an_update(self) -> dict[str, int]:
+        """Rows that an update must bring for each parameter, summed over tensor-parallel ranks and fused matrices."""
+        expected = {}
+        for name, parameter in self.model.named_parameters():
+            if name.rpartition(".")[0] not in self.linears:
+                expected[name] = parameter.shape[0] if parameter.dim() else 1
+        for name, module in self.model.named_modules():
+            if isinstance(module, VocabParallelEmbedding) and f"{name}.weight" in expected:
+                expected[f"{name}.weight"] = module.org_vocab_size  # without vLLM's padding
+        for name, module in self.linears.items():
+            leaves = ["weight"] if module.quant_method.format.name == "none" else ["weight", "weight_scale"]
+            leaves += ["bias"] if getattr(module, "bias", None) is not None else []
+            expected |= {f"{name}.{leaf}": full_output_rows(module) for leaf in leaves}
+        return expected
+
+    def _read_back_one(self, hf_module: str) -> Tensor:
+        target = vllm_parameter_name(self.model, f"{hf_module}.weight")
+        module_name = "" if target is None else target.rpartition(".")[0]
+        if module_name in self.linears:
+            module = self.linears[module_name]
+            return module.quant_method.read_back(module)[module.quant_method.names.index(hf_module)]
+        if target not in self._expected and target not in self._aliases:
+            raise ValueError(f"{hf_module!r} is no module with a weight in this {type(self.model).__name__}")
+        rows = self._expected.get(target)  # without vLLM's padding; an alias has its namesake's
+        return self.model.get_parameter(target).detach()[:rows].float().clone()

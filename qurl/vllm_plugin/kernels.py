@@ -1,0 +1,216 @@
+"""What multiplies: one kernel per layer, chosen once from format, device, dtype and shape.
+
+    int8       CPU: vLLM's AMX kernel where the CPU has AMX, activations are bfloat16 and the shape fits; else oneDNN.
+               GPU: vLLM's choice (CUTLASS first).
+    fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
+    fp8_block  the same.
+
+The AMX kernel scales activations by 127/amax where oneDNN multiplies by 1/(amax/127): codes differ by one where a value lies
+exactly between two codes (some 4 of 10,000 values that come from bfloat16), and nowhere else.
+
+A kernel owns its weights on the CPU; a GPU kernel leaves them in the layer's parameters, as vLLM's kernels do."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from qurl.quantization import FORMATS
+from qurl.quantization.base import QuantizationFormat
+from qurl.quantization.fp8_block import BLOCK
+from qurl.vllm_plugin import compat
+
+logger = logging.getLogger(__name__)
+_announced: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerShape:
+    """One rank's part of a linear layer."""
+
+    partitions: tuple[int, ...]  # rows of each fused matrix
+    columns: int
+    dtype: torch.dtype  # of activations
+    device: torch.device
+
+    @property
+    def rows(self) -> int:
+        """Output features."""
+        return sum(self.partitions)
+
+
+class LinearKernel(ABC):
+    """Codes [O, I] and scales [O, groups] of one layer, scales one row per output feature whatever the format's blocks."""
+
+    @abstractmethod
+    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+        """Take new weights, packing them as needed. Reads layer.bias, which must have been loaded."""
+
+    @abstractmethod
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., I] -> [..., O] in x's dtype."""
+
+    @abstractmethod
+    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """The codes [O, I] and scales that `apply` works with."""
+
+
+def select_kernel(format: QuantizationFormat, layer: nn.Module, shape: LayerShape) -> LinearKernel:
+    """The kernel for a layer of this format. Raises ValueError where the device has none for it."""
+    if shape.device.type == "cuda":
+        from qurl.vllm_plugin.cuda import select_cuda_kernel
+
+        kernel = select_cuda_kernel(format, layer, shape)
+    elif format.name == "int8":
+        usable = compat.amx_int8_usable(shape.rows, shape.columns, shape.dtype)
+        kernel = AmxInt8(shape) if usable else OneDnnInt8(shape)
+    else:
+        kernel = Emulation(format, shape)
+    _announce(format, kernel)
+    return kernel
+
+
+class AmxInt8(LinearKernel):
+    """vLLM's AMX kernel; it quantizes activations itself."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.shape = shape
+        self.packed: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+        self.packed = _into(self.packed, compat.amx_int8_pack(codes))
+        self.scale = _into(self.scale, scale)
+        if getattr(layer, "bias", None) is not None:
+            self.bias = _into(self.bias, layer.bias.data.float())
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() != 2:
+            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
+        return compat.amx_int8_linear(x, self.packed, self.scale, None if bias is None else self.bias)
+
+    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        assert self.scale is not None
+        return _probe_codes(self, layer, self.scale, self.shape), self.scale
+
+
+class OneDnnInt8(LinearKernel):
+    """oneDNN through vLLM. The handler owns the packed codes and points into `scale`."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.shape = shape
+        self.rows = shape.rows
+        self.scale: Tensor | None = None
+        self.handler: object | None = None
+        self.handler_tensor: Tensor | None = None
+
+    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+        self.scale = _into(self.scale, scale)
+        self.handler = handler = compat.onednn_int8_handler(codes, self.scale, self.shape.dtype)
+        self.handler_tensor = handler.handler_tensor
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() != 2:
+            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
+        return compat.onednn_int8_linear(x, self.handler_tensor, self.rows, bias)
+
+    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        assert self.scale is not None
+        return _probe_codes(self, layer, self.scale, self.shape), self.scale
+
+
+class Emulation(LinearKernel):
+    """The format's own torch arithmetic: same codes, same scales, float32 products. Slow; for CPUs without the instructions."""
+
+    def __init__(self, format: QuantizationFormat, shape: LayerShape) -> None:
+        self.format_name = format.name
+        self.shape = shape
+        self.partitions = list(shape.partitions)
+        self.codes: Tensor | None = None
+        self.scale: Tensor | None = None
+
+    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+        self.codes = _into(self.codes, codes)
+        self.scale = _into(self.scale, scale)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.qurl.emulated_linear(x, self.codes, self.scale, bias, self.format_name, self.partitions)
+
+    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        assert self.codes is not None and self.scale is not None
+        return self.codes, self.scale
+
+
+@torch.library.custom_op("qurl::emulated_linear", mutates_args=())
+def _emulated_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, partitions: Sequence[int]
+) -> Tensor:
+    """An operator of its own, so that a compiler leaves the arithmetic alone."""
+    matrices = zip(codes.split(partitions), scale.split(partitions), strict=True)
+    out = torch.cat([FORMATS[format].linear(x.float(), wire_of(format, c, s)) for c, s in matrices], dim=-1)
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+@_emulated_linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, partitions: Sequence[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def row_block(format: str) -> int:
+    """Rows of one Hugging Face matrix that share a row of scales on the wire."""
+    return BLOCK if format == "fp8_block" else 1
+
+
+def scale_per_row(format: str, scale: Tensor, rows: int) -> Tensor:
+    """Wire scales [ceil(rows / block), groups] of one matrix -> [rows, groups]."""
+    return scale.repeat_interleave(row_block(format), dim=0)[:rows]
+
+
+def wire_of(format: str, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Wire tensors of one matrix, from its codes and its scales per row: the inverse of scale_per_row."""
+    return {"weight": codes, "weight_scale": scale[:: row_block(format)]}
+
+
+def _into(storage: Tensor | None, value: Tensor) -> Tensor:
+    """`value` in the existing storage where there is one: whatever points to it stays right, and memory does not fragment."""
+    if storage is None:
+        return value.detach().clone()
+    return storage.copy_(value)
+
+
+def _probe_codes(kernel: LinearKernel, layer: nn.Module, scale: Tensor, shape: LayerShape) -> Tensor:
+    """Codes [O, I] out of an opaque packed layout: what the kernel makes of the identity, divided by the scales.
+
+    A token with one value other than zero is quantized to 127 exactly, so the output is value * code * scale up to rounding of the
+    activation dtype: a relative error of at most 2^-8, i.e. less than half a code."""
+    value = (1.0 / scale.max()).clamp(max=1e4).to(shape.dtype)  # keeps float16 outputs normal
+    columns = []
+    for start in range(0, shape.columns, 1024):
+        width = min(1024, shape.columns - start)
+        one_hot = torch.zeros((width, shape.columns), dtype=shape.dtype)
+        one_hot[torch.arange(width), torch.arange(start, start + width)] = value
+        columns.append((kernel.apply(layer, one_hot, None).float() / (value.float() * scale.T)).round_().to(torch.int8).T)
+    return torch.cat(columns, dim=1)
+
+
+def _announce(format: QuantizationFormat, kernel: LinearKernel) -> None:
+    name = f"{format.name} {type(kernel).__name__}"
+    if name in _announced:
+        return
+    _announced.add(name)
+    if isinstance(kernel, Emulation):
+        logger.warning("%s is emulated on this device: exact codes and scales, float32 products, slow", format.name)
+    else:
+        logger.info("%s linear layers run on %s", format.name, type(kernel).__name__)
+
+
+def as_parameter(tensor: Tensor) -> Parameter:
+    """A parameter that does not learn."""
+    return Parameter(tensor, requires_grad=False)

@@ -1,0 +1,173 @@
+"""The linear method of every format, none included: load, encode, run, and be loaded again.
+
+A layer is either staged or live. Staged, it has the parameters of a checkpoint, which the model's own loaders know how to fill
+(names, fused q/k/v rows, tensor-parallel shards). Live, it has what its kernel needs and the staged tensors are gone. vLLM starts
+with a staged layer; an update stages it again with the tensors of the wire.
+
+    create_weights -> [full precision, or codes of an encoded checkpoint] -> process_weights_after_loading -> live
+    stage          -> [codes and scales from the stream]                  -> process_weights_after_loading -> live
+
+On a GPU a captured CUDA graph reads the storage of the first live parameters, so later ones are copied into it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
+
+from qurl.quantization.base import QuantizationFormat
+from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, row_block, scale_per_row, select_kernel, wire_of
+
+if TYPE_CHECKING:
+    from qurl.vllm_plugin.config import QurlConfig
+
+
+@register_weight_loader_v2_supported_method
+class QurlLinearMethod(UnquantizedLinearMethod):
+    """One linear layer. `format` is None until the first weights have been loaded, then fixed."""
+
+    supports_pre_processed_weights = False
+
+    def __init__(self, config: QurlConfig, names: list[str]) -> None:
+        super().__init__()
+        self.config = config
+        self.names = names  # Hugging Face modules, in the order of their rows
+        self.format: QuantizationFormat | None = None
+        self.kernel: LinearKernel | None = None
+        self._graph_storage: dict[str, Tensor] = {}  # of live parameters on a GPU
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Stage the layer for the start-up checkpoint."""
+        self.loader = extra_weight_attrs["weight_loader"]
+        self.shape = LayerShape(
+            partitions=tuple(output_partition_sizes),
+            columns=input_size_per_partition,
+            dtype=params_dtype,
+            device=torch.get_default_device(),
+        )
+        self.full_columns = input_size
+        self._check_sharding(sum(output_partition_sizes) != output_size)
+        layer.logical_widths = output_partition_sizes  # vLLM's kernels read it
+        self._stage_matrix(layer, "weight", params_dtype, self.shape.columns)
+        if self.config.encoded:  # codes of 8 bits are exact in every floating dtype
+            self._stage_matrix(layer, "weight_scale", torch.float32, self._num_groups(self.shape.columns))
+            layer.weight_scale.data.fill_(torch.nan)
+
+    def stage(self, layer: nn.Module) -> None:
+        """Prepare a live layer for the wire tensors of its format (or the weight, for none)."""
+        assert self.format is not None
+        if self.format.name == "none":
+            self._stage_matrix(layer, "weight", self.shape.dtype, self.shape.columns)
+        else:
+            self._stage_matrix(layer, "weight", self.code_dtype, self.shape.columns)
+            self._stage_matrix(layer, "weight_scale", torch.float32, self._num_groups(self.shape.columns))
+        layer.update_param_tp_status()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Make a staged layer live. Raises ValueError for patterns that cannot be honoured or weights that cannot be encoded."""
+        is_first = self.format is None
+        if is_first:
+            self.format = self.config.format_of(self.names)
+        if self.format.name == "none":
+            super().process_weights_after_loading(layer)
+        else:
+            if is_first:
+                self.kernel = select_kernel(self.format, layer, self.shape)
+                codes, scale = self._startup_codes(layer)
+            else:
+                codes, scale = layer.weight.data, layer.weight_scale.data
+            for name in ("weight", "weight_scale"):
+                layer.register_parameter(name, None)
+            self.kernel.load(layer, codes, scale)
+        if self.shape.device.type != "cpu":
+            self._keep_storage(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.kernel is None:
+            return super().apply(layer, x, bias)
+        return self.kernel.apply(layer, x, bias)
+
+    def read_back(self, layer: nn.Module) -> list[Tensor]:
+        """What the engine multiplies with, decoded: one float32 matrix (this rank's part) per Hugging Face module."""
+        if self.kernel is None:
+            identity = torch.eye(self.shape.columns, dtype=self.shape.dtype, device=self.shape.device)
+            return list(self.apply(layer, identity).float().T.split(self.shape.partitions))
+        codes, scale = (tensor.split(self.shape.partitions) for tensor in self.kernel.read_back(layer))
+        return [self.format.decode(wire_of(self.format.name, c, s)) for c, s in zip(codes, scale, strict=True)]
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Of the weight on the wire."""
+        return self.config.format.encode(torch.zeros(1, 1))["weight"].dtype
+
+    def _num_groups(self, columns: int) -> int:
+        return self.config.format.encode(torch.zeros(1, columns))["weight_scale"].shape[1]
+
+    def _check_sharding(self, is_column_sharded: bool) -> None:
+        """Blocks of scales must not straddle tensor-parallel ranks."""
+        block = row_block(self.config.format.name)
+        is_cut = is_column_sharded and any(rows % block for rows in self.shape.partitions)
+        if is_cut or (self.full_columns != self.shape.columns and self.shape.columns % block):
+            sizes = f"{list(self.shape.partitions)} x {self.shape.columns}"
+            raise ValueError(
+                f"rollout.tensor_parallel_size cuts {', '.join(self.names)} into {sizes}, which is no multiple of "
+                f"{block} as {self.config.format.name} needs; use fewer ranks or quantization.format=fp8"
+            )
+
+    def _stage_matrix(self, layer: nn.Module, name: str, dtype: torch.dtype, columns: int) -> None:
+        """Register an empty [O, columns] parameter that the model's loaders can fill."""
+        data = torch.empty((self.shape.rows, columns), dtype=dtype, device=self.shape.device)
+        arguments = {"data": data, "output_dim": 0, "weight_loader": self.loader}
+        if name == "weight_scale" and self._num_groups(self.full_columns) == 1:
+            parameter = ChannelQuantScaleParameter(**arguments)  # not divided over ranks with the columns
+        else:
+            parameter = ModelWeightParameter(input_dim=1, **arguments)
+        layer.register_parameter(name, parameter)
+
+    def _startup_codes(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Codes [O, I] and scales per row [O, groups] from the staged checkpoint."""
+        weight = layer.weight.data
+        if self.config.encoded:
+            scale = layer.weight_scale.data
+            if scale.isnan().any():
+                raise ValueError(f"the checkpoint has no weight_scale for all of {', '.join(self.names)}; it is not an encoded one")
+            return weight.to(self.code_dtype), scale
+        wires = [self._encode(part) for part in weight.split(self.shape.partitions)]
+        return torch.cat([codes for codes, _ in wires]), torch.cat([scale for _, scale in wires])
+
+    def _encode(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """One Hugging Face matrix (this rank's part), with the scales of the whole matrix."""
+        if self.full_columns == self.shape.columns:
+            wire = self.format.encode(matrix)
+            return wire["weight"], scale_per_row(self.format.name, wire["weight_scale"], len(matrix))
+        wire = self.format.encode(tensor_model_parallel_all_gather(matrix.contiguous(), dim=1))
+        rank = get_tensor_model_parallel_rank()
+        scale = scale_per_row(self.format.name, wire["weight_scale"], len(matrix))
+        if scale.shape[1] > 1:
+            groups = self._num_groups(self.shape.columns)
+            scale = scale[:, rank * groups :][:, :groups]
+        return wire["weight"][:, rank * self.shape.columns :][:, : self.shape.columns].contiguous(), scale.contiguous()
+
+    def _keep_storage(self, layer: nn.Module) -> None:
+        """Move the live parameters into the storage of the first ones."""
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if name == "bias":  # loaded in place, always
+                continue
+            if name not in self._graph_storage:
+                self._graph_storage[name] = parameter.data
+                continue
+            self._graph_storage[name].copy_(parameter.data)
+            layer.register_parameter(name, as_parameter(self._graph_storage[name]))
