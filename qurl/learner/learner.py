@@ -226,7 +226,7 @@ class Learner:
         """(Hugging Face name, whole tensor) of this rank's share; under ZeRO-3 all ranks must iterate to the end."""
         return iter_share(self.model, self.rank, self.world_size)
 
-    def send_weights(self, version: int, engines: Sequence[Any]) -> SendReport:
+    def send_weights(self, version: int, engines: Sequence[Any], full: bool = False) -> SendReport:
         """Encode this rank's share of the weights and stream it to the engines as `version`. Raises SyncError."""
         from qurl.sync import WeightSender
 
@@ -236,7 +236,7 @@ class Learner:
             )
         tensors = self.iter_weights()
         try:
-            return self._sender.send(version, tensors, list(engines))
+            return self._sender.send(version, tensors, list(engines), full)
         finally:
             for _ in tensors:  # after an error, still take part in gathering, or the other ranks would wait forever
                 pass

@@ -1,0 +1,176 @@
+"""The learner ranks as one object on the driver: starts them, hands each its share, joins what they return.
+
+Consumes TrainingSamples, produces weight versions. Every method is a collective over all ranks; the driver awaits them all. Where
+one rank fails the others may hang in a collective without it, so the first failure is what surfaces and the group is done with."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
+from qurl.learner.splitting import split_for_ranks
+from qurl.observability.metrics import Last, Metric, reduce_metrics
+from qurl.types import TrainingSample
+
+if TYPE_CHECKING:
+    from qurl.sync import SendReport
+
+GRACE_S = 5.0
+"""How long after a first error to wait for word of a dead rank, which would be its cause."""
+
+
+class LearnerDied(RuntimeError):
+    """A learner rank's process is gone."""
+
+
+class LearnerRank:
+    """Body of the Ray actor of one rank; a shell around Learner, imported only there because deepspeed comes with it."""
+
+    def address(self) -> tuple[str, int]:
+        """(IP address of this node, a free port on it)."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, configs: Sequence[Any], options: dict[str, Any]) -> None:
+        """Build the Learner."""
+        from qurl.learner.learner import Learner
+
+        self._learner = Learner(*configs, **options)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Run one of the Learner's methods."""
+        return getattr(self._learner, method)(*args)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Setup:
+    """What every rank is built from."""
+
+    configs: tuple[ModelConfig, LearnerConfig, AlgorithmConfig, QuantizationConfig, SyncConfig]
+    options: dict[str, Any]
+
+
+class LearnerGroup:
+    """All learner ranks. `start` first; after an error only `close` is left."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        learner: LearnerConfig,
+        algorithm: AlgorithmConfig,
+        quantization: QuantizationConfig,
+        sync: SyncConfig,
+        *,
+        device: str,
+        temperature: float,
+        engine_dtype: str,
+        threads: int,
+        seed: int,
+        failure_dir: Path | None = None,
+        ray_options: Mapping[str, Any] | None = None,
+    ):
+        """device: "cpu" or "cuda", one GPU per rank. threads: OpenMP threads of a rank on the CPU, >= 1. failure_dir: where
+        samples of a non-finite step go. ray_options: for the actors, over ours (e.g. num_gpus, scheduling_strategy)."""
+        self._setup = _Setup(
+            configs=(model, learner, algorithm, quantization, sync),
+            options=dict(device=device, temperature=temperature, engine_dtype=engine_dtype, threads=threads, seed=seed),
+        )
+        self._config = learner
+        self._failure_dir = failure_dir
+        self._ray_options = {
+            "num_cpus": 0,  # threads are dealt out by the driver, not by Ray
+            "num_gpus": 1 if device == "cuda" else 0,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": _environment(device, threads)},
+            **(ray_options or {}),
+        }
+        self._ranks: list[Any] = []
+
+    async def start(self) -> None:
+        """Start the processes and load the model. Raises what Learner raises, LearnerDied for a lost process."""
+        actor = ray.remote(LearnerRank).options(**self._ray_options)
+        self._ranks = [actor.remote() for _ in range(self._config.num_ranks)]
+        [(address, port)] = await self._gather([self._ranks[0].address.remote()])
+        world = {"world_size": len(self._ranks), "master_address": address, "master_port": port}
+        await self._gather([
+            handle.start.remote(self._setup.configs, {**self._setup.options, **world, "rank": rank})
+            for rank, handle in enumerate(self._ranks)
+        ])
+
+    async def train_step(self, samples: Sequence[TrainingSample]) -> tuple[dict[str, Metric], dict[str, float]]:
+        """One iteration: (metrics reduced over ranks, time/* seconds of the slowest rank). Raises NonFiniteLoss, LearnerDied."""
+        shares = split_for_ranks(samples, self._config.num_mini_batches, len(self._ranks))
+        results = await self._gather([
+            handle.call.remote("train_step", share, self._failure_dir) for handle, share in zip(self._ranks, shares, strict=True)
+        ])
+        reduced = reduce_metrics(report for result in results for report in result.reports)
+        timings = {key: max(result.timings[key] for result in results) for key in results[0].timings}
+        return {key: Last(value) for key, value in reduced.items()}, timings
+
+    async def send_weights(self, version: int, engines: Sequence[Any], full: bool = False) -> SendReport:
+        """Stream all weights to the engines as `version`; full: whole tensors only. Raises SyncError, LearnerDied."""
+        from qurl.sync import merge_send_reports
+
+        return merge_send_reports(await self._call_all("send_weights", version, list(engines), full))
+
+    async def save_checkpoint(self, folder: Path) -> None:
+        """Every rank writes its part into `folder`, which all nodes must see."""
+        await self._call_all("save_checkpoint", folder)
+
+    async def load_checkpoint(self, folder: Path) -> None:
+        """Continue bit for bit from save_checkpoint. Raises ValueError for a checkpoint of another kind of run."""
+        await self._call_all("load_checkpoint", folder)
+
+    async def export_hf(self, folder: Path) -> None:
+        """Write a Hugging Face folder."""
+        await self._call_all("export_hf", folder)
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing."""
+        for handle in self._ranks:
+            ray.kill(handle)
+        self._ranks = []
+
+    async def _call_all(self, method: str, *args: Any) -> list[Any]:
+        return await self._gather([handle.call.remote(method, *args) for handle in self._ranks])
+
+    async def _gather(self, references: Sequence[Any]) -> list[Any]:
+        """The results in order, or the failure that caused the others."""
+        tasks = [asyncio.ensure_future(_result(reference)) for reference in references]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.done() and task.exception() for task in tasks):
+            await asyncio.wait(tasks, timeout=GRACE_S)
+            errors = [error for task in tasks if task.done() and (error := task.exception())]
+            for task in tasks:
+                task.cancel()
+            raise _cause(errors)
+        return [task.result() for task in tasks]
+
+
+async def _result(reference: Any) -> Any:
+    return await reference
+
+
+def _cause(errors: list[BaseException]) -> BaseException:
+    """A dead process explains the errors of those that waited for it; of an error in the rank, the rank's own exception."""
+    for error in errors:
+        if isinstance(error, RayActorError):
+            return LearnerDied(f"a learner rank died: {error}")
+    first = errors[0]
+    return first.cause if isinstance(first, RayTaskError) and isinstance(first.cause, Exception) else first
+
+
+def _environment(device: str, threads: int) -> dict[str, str]:
+    """Environment of a rank; threads that spin while idle would take the cores from the engines."""
+    if device == "cuda":
+        return {}
+    return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000", "DS_ACCELERATOR": "cpu"}

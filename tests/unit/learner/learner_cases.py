@@ -1,0 +1,79 @@
+"""Tiny random models, samples and learners that the tests of this folder share; importable by spawned ranks."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
+from qurl.types import TrainingSample
+
+VOCAB = 300
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}
+FAMILIES = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+}
+
+
+def build_model(family: str = "qwen2", **overrides):
+    """A random model with weights large enough that its distribution is far from uniform."""
+    config_class, model_class, extra = FAMILIES[family]
+    torch.manual_seed(7)
+    model = model_class(config_class(**(SHAPE | extra | {"initializer_range": 0.3} | overrides)))
+    with torch.no_grad():  # biases start at 0, where a mistake in them would not show
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def build_sample(token_ids, num_prompt, *, sample_id="p0/0", advantage=1.0, rollout_logprob=-5.0):
+    """A sample whose first num_prompt tokens are the prompt."""
+    size = len(token_ids) - num_prompt
+    return TrainingSample(
+        sample_id=sample_id,
+        token_ids=list(token_ids),
+        loss_mask=[False] * num_prompt + [True] * size,
+        rollout_logprobs=[0.0] * num_prompt + [rollout_logprob] * size,
+        advantages=[0.0] * num_prompt + [advantage] * size,
+        reward=0.0,
+        weight_version=0,
+    )
+
+
+def build_samples(num_prompts=4, num_samples=3, seed=0):
+    """Samples of very different lengths with rollout logprobs and advantages of both signs."""
+    draw = random.Random(seed)
+    samples = []
+    for prompt in range(num_prompts):
+        prompt_ids = [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 6))]
+        for index in range(num_samples):
+            response = [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 24))]
+            samples.append(build_sample(
+                prompt_ids + response, len(prompt_ids), sample_id=f"p{prompt}/{index}",
+                advantage=draw.choice([-1.0, 0.5, 1.5]), rollout_logprob=-draw.uniform(1.0, 9.0),
+            ))
+    return samples
+
+
+def build_learner(folder, *, algorithm=None, quantization=None, temperature=1.0, rank=0, world_size=1, port=0, **learner):
+    """A Learner; further keywords are those of LearnerConfig."""
+    from qurl.learner.learner import Learner
+
+    options = {"learning_rate": 1e-3, "num_ranks": world_size} | learner
+    return Learner(
+        ModelConfig(path=str(folder)), LearnerConfig(**options), algorithm or AlgorithmConfig(), quantization or QuantizationConfig(),
+        SyncConfig(), rank=rank, world_size=world_size, master_port=port, temperature=temperature,
+    )
+
+
+def weights_of(learner):
+    """Copies of all weights by name; a world of one rank."""
+    return {name: tensor.clone() for name, tensor in learner.iter_weights()}

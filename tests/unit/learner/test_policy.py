@@ -1,0 +1,77 @@
+"""The logprob forward: chunked output layer, checkpointing, refusals."""
+
+import pytest
+import torch
+from learner_cases import build_model, build_samples
+
+import qurl.learner.policy
+from qurl.learner.packing import pack
+from qurl.learner.policy import Policy
+
+
+def gradients(policy, batch):
+    policy.zero_grad()
+    logprobs, _ = policy(batch.input_ids, batch.position_ids, batch.loss_mask)
+    (logprobs * batch.advantages).sum().backward()
+    return logprobs.detach(), {name: p.grad.clone() for name, p in policy.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_chunks_with_recomputation_change_nothing(monkeypatch, tied):
+    policy = Policy(build_model(tie_word_embeddings=tied), temperature=1.3)
+    [batch] = pack(build_samples(), 4096)
+    whole = gradients(policy, batch)
+    monkeypatch.setattr(qurl.learner.policy, "LOGIT_BYTES", 7 * 300 * 4)  # 7 tokens per chunk
+    chunked = gradients(policy, batch)
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)  # sums of a weight's gradient in another order
+
+
+def test_no_tensor_of_all_logits_is_kept(monkeypatch):
+    policy = Policy(build_model(), temperature=1.0)
+    [batch] = pack(build_samples(num_prompts=8), 4096)
+    monkeypatch.setattr(qurl.learner.policy, "LOGIT_BYTES", 16 * 300 * 4)
+    largest = 0
+
+    def note(tensor):
+        nonlocal largest
+        if tensor.shape[-1:] == (300,):
+            largest = max(largest, tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        policy(batch.input_ids, batch.position_ids, batch.loss_mask)
+    assert largest == 0, "logits of a chunk must not outlive its forward"
+
+
+def test_activation_checkpointing_recomputes_layers_and_changes_nothing():
+    [batch] = pack(build_samples(), 4096)
+    plain = gradients(Policy(build_model(), temperature=1.0), batch)
+    policy = Policy(build_model(), temperature=1.0, activation_checkpointing=True)
+    calls = []
+    policy.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    checkpointed = gradients(policy, batch)
+    assert len(calls) == 2, "once in forward, once more in backward"
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-6)  # the same operations, run again
+
+
+def test_dropout_is_off_with_and_without_checkpointing():
+    [batch] = pack(build_samples(), 4096)
+    for checkpointing in (False, True):
+        policy = Policy(build_model(attention_dropout=0.5), temperature=1.0, activation_checkpointing=checkpointing)
+        assert torch.equal(gradients(policy, batch)[0], gradients(policy, batch)[0])
+
+
+def test_a_temperature_that_cannot_be_trained_on_is_refused():
+    with pytest.raises(ValueError, match=r"rollout\.temperature=0"):
+        Policy(build_model(), temperature=0.0)
+
+
+def test_a_model_that_changes_logits_after_its_output_layer_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, final_logit_softcapping=0.05,
+    )
+    with pytest.raises(ValueError, match="output layer"):
+        Policy(Gemma2ForCausalLM(config), temperature=1.0)
