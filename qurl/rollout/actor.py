@@ -33,7 +33,7 @@ class EngineActor:
         """See RolloutEngine."""
         await asyncio.wrap_future(self._engine.receive_bucket(bucket))
 
-    async def commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> Any:
+    async def commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> float:
         """See RolloutEngine."""
         return await asyncio.wrap_future(self._engine.commit_weight_update(version, manifest))
 

@@ -67,6 +67,7 @@ class RolloutEngine:
         self._pending: dict[str, _Pending] = {}
         self._samples: dict[str, tuple[str, int]] = {}  # vLLM request id -> (request id, sample index)
         self._version: int | None = None
+        self._update_open = False
         self._num_tokens = 0
         self._num_requests = 0
         self._busy_since: float | None = None
@@ -81,9 +82,10 @@ class RolloutEngine:
     # ---- called from any thread -------------------------------------------------------------------------------------
 
     def generate(self, request: GenerationRequest) -> Future[list[Rollout]]:
-        """All samples of one prompt, in sample order. The future fails with ValueError where the prompt leaves no room."""
+        """All samples of one prompt, in sample order. The future fails with what vLLM raises where it refuses the prompt."""
         future: Future[list[Rollout]] = Future()
-        self._calls.put((lambda: self._add(request, future), Future()))
+        added = self._call(lambda: self._add(request, future))
+        added.add_done_callback(lambda call: future.set_exception(call.exception()) if call.exception() else None)
         return future
 
     def abort_all(self) -> Future[None]:
@@ -96,15 +98,17 @@ class RolloutEngine:
 
     def receive_bucket(self, bucket: Any) -> Future[None]:
         """Verify and install one bucket (qurl.sync.WireBucket)."""
-        return self._call(lambda: self._update_weights({"kind": "bucket", "payload": bucket}))
+        return self._call(lambda: self._update_weights({"version": bucket.version, "bucket": bucket}))
 
     def commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> Future[float]:
-        """Check completeness, reset the prefix cache, take up sampling. Seconds spent installing since begin."""
+        """Check completeness, reset the prefix cache, take up sampling. Seconds spent verifying and installing."""
         return self._call(lambda: self._commit_weight_update(version, manifest))
 
     def read_back(self, module_names: list[str]) -> Future[dict[str, Any]]:
         """Decoded float32 weights that the engine really holds, for the audit and for tests."""
-        return self._call(lambda: self._engine.collective_rpc("qurl_read_back", args=(module_names,))[0])
+        from qurl.vllm_plugin.transfer import read_back
+
+        return self._call(lambda: self._engine.collective_rpc(read_back, args=(module_names,))[0])
 
     def status(self) -> EngineStatus:
         """Never blocks on the engine thread."""
@@ -159,7 +163,7 @@ class RolloutEngine:
             self._busy_since = time.monotonic()
             try:
                 future.set_result(function())
-            except Exception as error:  # noqa: BLE001 - a call's failure belongs to its caller, the thread lives on
+            except Exception as error:  # a call's failure belongs to its caller; the thread lives on
                 future.set_exception(error)
             idle = False
 
@@ -169,17 +173,16 @@ class RolloutEngine:
                 self._finish_sample(output)
 
     def _add(self, request: GenerationRequest, future: Future[list[Rollout]]) -> None:
+        self._pending[request.request_id] = _Pending(request=request, future=future, missing=len(request.seeds))
         try:
-            self._pending[request.request_id] = _Pending(request=request, future=future, missing=len(request.seeds))
             for index, seed in enumerate(request.seeds):
                 self._num_requests += 1
-                name = f"{self._num_requests}"
-                params = self._sampling_params(request.sampling, seed)
-                self._engine.add_request(name, {"prompt_token_ids": request.token_ids}, params)
+                name = str(self._num_requests)
+                self._engine.add_request(name, {"prompt_token_ids": request.token_ids}, self._sampling_params(request.sampling, seed))
                 self._samples[name] = (request.request_id, index)
-        except ValueError as error:
+        except BaseException:
             self._drop(request.request_id)
-            future.set_exception(error)
+            raise
 
     def _drop(self, request_id: str) -> None:
         names = [name for name, (owner, _) in self._samples.items() if owner == request_id]
@@ -220,19 +223,25 @@ class RolloutEngine:
 
     def _begin_weight_update(self, version: int) -> None:
         self._version = None
-        self._install_s = 0.0
+        if self._update_open:  # its sender was lost before the commit
+            self._engine.collective_rpc("finish_weight_update")
         self._engine.collective_rpc("start_weight_update")
-        self._update_weights({"kind": "begin", "version": version})
+        self._update_open = True
 
     def _update_weights(self, message: dict[str, Any]) -> None:
-        start = time.perf_counter()
-        self._engine.collective_rpc("update_weights", kwargs={"update_info": {"message": message}})
-        self._install_s += time.perf_counter() - start
+        try:
+            self._engine.collective_rpc("update_weights", kwargs={"update_info": message})
+        except Exception:
+            self._update_open = False  # vLLM closes an update that fails here
+            raise
 
     def _commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> float:
-        self._update_weights({"kind": "commit", "version": version, "manifest": manifest})
+        from qurl.vllm_plugin.transfer import install_report
+
+        self._update_weights({"version": version, "manifest": manifest})
         self._engine.collective_rpc("finish_weight_update")
+        self._update_open = False
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(version))
         self._version = version
-        return self._install_s
+        return max(report.install_s for report in self._engine.collective_rpc(install_report))

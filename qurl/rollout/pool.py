@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from qurl.config import RolloutConfig
+from qurl.errors import GuardStop
 from qurl.rollout.request import GenerationRequest, Sampling, sample_seed
 from qurl.types import Prompt, Rollout, RolloutGroup
 
@@ -43,8 +44,8 @@ class _Work:
     future: asyncio.Future[list[Rollout]]
 
 
-class PoolFailed(RuntimeError):
-    """More engines were lost than rollout.max_engine_restarts allows, or none starts."""
+class PoolFailed(GuardStop):
+    """More engines were lost than rollout.max_engine_restarts allows."""
 
 
 class RolloutPool:

@@ -25,16 +25,17 @@ def evaluation_sampling(config: EvaluationConfig, rollout: RolloutConfig, stop_t
 
 async def evaluate(
     prompts: Mapping[str, Sequence[Prompt]],
+    progress: Callable[[int, int], None],
     *,
     pool: RolloutPool,
     score: Callable[[RolloutGroup], Awaitable[ScoredGroup]],
     sampling: Sampling,
     num_samples: int,
-    progress: Callable[[int, int], None],
 ) -> dict[str, float]:
     """`eval/<name>/avg_at_k`, `.../response_length_mean` and `.../error_count` for each dataset.
 
-    avg@k is the mean over problems of the mean reward of k samples. A failed reward call counts as wrong here, and is counted."""
+    avg@k is the mean over problems of the mean reward of k samples. A failed reward call counts as wrong here, and is counted.
+    progress: called with (done, total) problems."""
     total = sum(len(p) for p in prompts.values())
     done = 0
 

@@ -95,7 +95,7 @@ class TrainingLoop:
         self.log.stage("update")
         samples = training_samples(groups, self.config.algorithm)
         start = time.monotonic()
-        metrics, timings = await self.learner.train_step(samples, step)
+        metrics, timings = await self.learner.train_step(samples)
         self.timeline.add(start, timings, total=time.monotonic() - start)
         return metrics
 

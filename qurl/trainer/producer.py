@@ -49,7 +49,7 @@ class Producer:
         first_step: int,
         num_steps: int,
         wait_for_version: Callable[[int], Awaitable[None]],
-        sample: Callable[[Prompt, int], Awaitable[RolloutGroup]],
+        sample: Callable[[Prompt], Awaitable[RolloutGroup]],
         score: Callable[[RolloutGroup], Awaitable[ScoredGroup]],
     ):
         self._stream = stream
@@ -97,7 +97,7 @@ class Producer:
 
     async def _one_group(self, batch: Batch, prompt: Prompt) -> ScoredGroup:
         batch.waiting[prompt.prompt_id] = "rollout"
-        group = await self._sample(prompt, batch.step)
+        group = await self._sample(prompt)
         batch.num_sampled += 1
         batch.last_sampled = time.monotonic()
         batch.waiting[prompt.prompt_id] = "reward"

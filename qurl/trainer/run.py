@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qurl.data import PromptStream, build_prompts, load_rows
 from qurl.errors import ConfigError, GuardStop
 from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
-from qurl.rewards import RewardPool, check_reward_function
+from qurl.rewards import check_reward_function
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.run_folder import RunFolder
 from qurl.types import Prompt
@@ -69,8 +68,8 @@ def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dic
 
     def load(dataset: Any, key: str) -> list[Prompt]:
         problems = load_rows(dataset, key)
-        check_reward_function(config.reward, problems[0])
         found = build_prompts(problems, tokenizer, config.data, key)
+        check_reward_function(config.reward, found.prompts[0])
         if found.num_dropped:
             logger.warning("%s: %d of %d prompts are longer than data.max_prompt_tokens=%d and were dropped",
                            key, found.num_dropped, len(problems), config.data.max_prompt_tokens)  # fmt: skip
@@ -110,7 +109,7 @@ async def _train(
     timeline = Timeline(run_dir / "timeline.json")
     stop_ids = stop_token_ids(config, tokenizer)
     async with started_parts(config, run_dir, tokenizer, resume_from, log) as (learner, pool, rewards):
-        weights = PublishedWeights(learner, pool)
+        weights = PublishedWeights(config.sync, learner, pool)
         sampling = training_sampling(config.rollout, stop_ids)
         producer = Producer(
             stream=stream,
@@ -143,7 +142,6 @@ async def _train(
             return EXIT_INTERRUPTED
         finally:
             await producer.close()
-            timeline.write()
     return EXIT_DONE
 
 
@@ -175,5 +173,3 @@ def stop_token_ids(config: TrainConfig, tokenizer: Any) -> list[int]:
                           "set rollout.stop_token_ids")  # fmt: skip
     return sorted(found)
 
-
-Decode = Callable[[list[int]], str]

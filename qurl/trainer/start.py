@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,15 +21,20 @@ from qurl.rollout.actor import start_engine_actor
 from qurl.rollout.pool import RolloutPool
 
 
+logger = logging.getLogger(__name__)
+
+
 def start_ray(config: TrainConfig) -> None:
     """Connect to cluster.address, or start a local Ray that ends with this process."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # silences a warning; a cluster's own setting wins
-    os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if config.cluster.address is not None:
-        ray.init(address=config.cluster.address, logging_level="ERROR", log_to_driver=True)
-        return
-    ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=True, configure_logging=False)
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if config.cluster.address is None:
+        options |= {"address": "local", "include_dashboard": False}
+    else:
+        options |= {"address": config.cluster.address}
+    context = ray.init(**options)
+    logger.info("output of engines and learner ranks: %s/logs", context.address_info["session_dir"])
 
 
 @contextlib.asynccontextmanager
@@ -40,7 +46,7 @@ async def started_parts(
     start_ray(config)
     try:
         placement = place(config)
-        learner = LearnerGroup(config, threads=placement.learner_threads, device=placement.device, run_dir=run_dir)
+        learner = _learner(config, placement, run_dir)
         pool = RolloutPool(
             config.rollout,
             lambda engine_id: _start_engine(config, placement, engine_id),
@@ -54,9 +60,27 @@ async def started_parts(
                 await learner.load_checkpoint(resume_from)
             yield learner, pool, rewards
         finally:
-            await asyncio.gather(pool.close(), rewards.close(), learner.close(), return_exceptions=True)
+            learner.close()
+            await asyncio.gather(pool.close(), rewards.close(), return_exceptions=True)
     finally:
         ray.shutdown()
+
+
+def _learner(config: TrainConfig, placement: Placement, run_dir: Path) -> LearnerGroup:
+    return LearnerGroup(
+        config.model,
+        config.learner,
+        config.algorithm,
+        config.quantization,
+        config.sync,
+        device=placement.device,
+        temperature=config.rollout.temperature,
+        engine_dtype=config.rollout.engine_args.get("dtype", "bfloat16"),
+        threads=placement.learner_threads,
+        seed=config.seed,
+        failure_dir=run_dir / "failures",
+        ray_options={"num_gpus": placement.gpus_per_rank},
+    )
 
 
 def _start_engine(config: TrainConfig, placement: Placement, engine_id: str) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from qurl.config import SyncConfig
 from qurl.learner.group import LearnerGroup
 from qurl.observability.metrics import Metric
 from qurl.rollout.pool import RolloutPool
@@ -18,19 +19,18 @@ class PublishedWeights:
     The learner trains and publishes under the lock; a replaced engine is brought up to date under the same lock. So an engine
     only ever receives weights of the published version, and none that joins is left out of the next update."""
 
-    def __init__(self, learner: LearnerGroup, pool: RolloutPool):
+    def __init__(self, config: SyncConfig, learner: LearnerGroup, pool: RolloutPool):
         self.version = -1  # nothing published yet
         self.lock = asyncio.Lock()
         self.changed = asyncio.Condition()
+        self._config = config
         self._learner = learner
         self._pool = pool
         pool.refresh = self.refresh
 
     async def publish(self, version: int) -> dict[str, Metric]:
-        """Send the learner's weights to every engine as `version`; the caller holds the lock. Engines that reject are replaced.
-
-        Raises SyncError where no engine is left that took them and none can be replaced."""
-        report = await publish(version, self._learner, self._pool.handles)
+        """Send the learner's weights to every engine as `version`; the caller holds the lock. Engines that reject are replaced."""
+        report = await publish(version, self._learner, self._pool.handles, config=self._config)
         async with self.changed:
             self.version = version
             self.changed.notify_all()
@@ -41,7 +41,7 @@ class PublishedWeights:
         """Bring one new engine to the published version. Raises RuntimeError where it rejects it."""
         async with self.lock:
             if self.version >= 0:
-                report = await publish(self.version, self._learner, [engine], full=True)
+                report = await publish(self.version, self._learner, [engine], config=self._config, full=True)
                 if report.failed_engines:
                     raise RuntimeError("the new engine rejected the published weights")
             adopt()
