@@ -1,0 +1,147 @@
+"""The plots of a report, as matplotlib figures without global state."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from qurl.observability.run_data import RunData
+from qurl.observability.timeline import STAGES
+
+RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")  # Okabe-Ito, no yellow
+STAGE_COLORS = {
+    "rollout": "#0072b2", "reward": "#56b4e9", "logprob": "#cc79a7", "update": "#009e73", "sync": "#e69f00", "eval": "#f0e442",
+    "checkpoint": "#d55e00", "idle": "#bbbbbb",
+}
+LINE_STYLES = ("-", "--", ":", "-.")
+SYNC_PARTS = {"encode": "#009e73", "transfer": "#e69f00", "install": "#0072b2"}
+SMOOTHING_FROM = 60  # points; a longer curve is drawn pale, with its running mean over it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Panel:
+    """Curves over training iterations."""
+
+    title: str
+    keys: tuple[str, ...]  # one line style each, one color per run
+    unit: str = ""
+    log: bool = False  # logarithmic axis, where all values are positive
+
+
+PANELS = (
+    Panel(title="Reward", keys=("reward/mean",)),
+    Panel(title="Training accuracy", keys=("accuracy/train",)),
+    Panel(title="Mismatch: KL(rollout || old)", keys=("mismatch/kl_rollout_old",), unit="nats per token", log=True),
+    Panel(title="Mismatch: largest ratio old / rollout", keys=("mismatch/ratio_max",), log=True),
+    Panel(title="Tokens cut by a clip bound", keys=("policy/clip_high_fraction", "policy/clip_low_fraction"), unit="fraction"),
+    Panel(title="Tokens touched by truncation and ACR", unit="fraction",
+          keys=("mismatch/truncated_fraction", "acr/widened_fraction", "acr/changed_fraction")),
+    Panel(title="Policy drift: KL(old || current)", keys=("policy/kl_old_current",), unit="nats per token", log=True),
+    Panel(title="Entropy", keys=("policy/entropy",), unit="nats per token"),
+    Panel(title="Gradient norm", keys=("policy/grad_norm",), log=True),
+    Panel(title="Response length", keys=("rollout/response_length_mean",), unit="tokens"),
+    Panel(title="Rollout speed", keys=("rollout/tokens_per_s",), unit="tokens per second"),
+    Panel(title="Iteration", keys=("time/step_s",), unit="seconds"),
+    Panel(title="Quantized codes changed per update", keys=("sync/changed_code_fraction",), unit="fraction", log=True),
+)  # fmt: skip
+
+
+def curve_figure(panel: Panel, runs: Sequence[RunData], colors: Sequence[str]) -> Figure | None:
+    """The panel's curves, None where no run logged any of its keys."""
+    curves = [(color, style, key, run, *run.series(key)) for run, color in zip(runs, colors, strict=True)
+              for key, style in zip(panel.keys, LINE_STYLES, strict=False)]  # fmt: skip
+    curves = [c for c in curves if c[4]]
+    if not curves:
+        return None
+    figure, axes = _figure(panel.title)
+    several_runs, several_keys = len(runs) > 1, len(panel.keys) > 1
+    for color, style, key, run, steps, values in curves:
+        parts = [run.label] * several_runs + [key] * several_keys
+        _draw_curve(axes, steps, values, color, style, " ".join(parts))
+    if panel.log and all(v > 0 for c in curves for v in c[5]):
+        axes.set_yscale("log")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(panel.unit)
+    if several_runs or several_keys:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def time_figure(runs: Sequence[RunData]) -> Figure | None:
+    """Mean seconds of an iteration by stage, one stacked bar per run."""
+    parts = {name: [run.mean(f"time/{name}_s") or 0.0 for run in runs] for name in (*STAGES, "idle")}
+    return _stacked_bars("Where an iteration's time goes", [r.label for r in runs], parts, STAGE_COLORS)
+
+
+def sync_figure(runs: Sequence[RunData]) -> Figure | None:
+    """Mean seconds of a weight update by part, one stacked bar per run; encode and transfer overlap."""
+    parts = {name: [run.mean(f"sync/{name}_s") or 0.0 for run in runs] for name in SYNC_PARTS}
+    return _stacked_bars("Work of a weight update (parts may overlap in time)", [r.label for r in runs], parts, SYNC_PARTS)
+
+
+def to_svg_uri(figure: Figure) -> str:
+    """The figure as a data: URI."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _figure(title: str, height: float = 3.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.6, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _draw_curve(axes: Axes, steps: list[int], values: list[float], color: str, style: str, label: str) -> None:
+    marker = "o" if len(values) <= 30 else None
+    if len(values) < SMOOTHING_FROM:
+        axes.plot(steps, values, color=color, linestyle=style, label=label, marker=marker, markersize=3, linewidth=1.5)
+        return
+    axes.plot(steps, values, color=color, linestyle=style, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, running_mean(values, len(values) // 20), color=color, linestyle=style, label=label, linewidth=1.6)
+
+
+def running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over up to `reach` neighbors on each side, the same number on both, so that ends are not bent."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = []
+    for i in range(len(values)):
+        r = min(reach, i, len(values) - 1 - i)
+        means.append((sums[i + r + 1] - sums[i - r]) / (2 * r + 1))
+    return means
+
+
+def _stacked_bars(title: str, labels: list[str], parts: dict[str, list[float]], colors: dict[str, str]) -> Figure | None:
+    totals = [sum(seconds) for seconds in zip(*parts.values(), strict=True)]
+    if not any(totals):
+        return None
+    figure, axes = _figure(title, height=1.7 + 0.4 * len(labels))
+    left = [0.0] * len(labels)
+    rows = range(len(labels))
+    for name, seconds in parts.items():
+        if not any(seconds):
+            continue
+        axes.barh(rows, seconds, left=left, color=colors[name], label=name, height=0.6, edgecolor="white", linewidth=0.5)
+        left = [a + b for a, b in zip(left, seconds, strict=True)]
+    for row, total in zip(rows, totals, strict=True):
+        axes.text(total, row, f" {total:.3g} s", va="center", fontsize=8)
+    axes.set_yticks(rows, labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator())
+    axes.set_xlabel("seconds")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    return figure
