@@ -13,5 +13,6 @@ from qurl.types import TensorRecord
 
 __all__ = [
     "TRANSPORTS", "EngineHandle", "InstallReport", "Installer", "Payload", "PublishReport", "SendReport", "SyncError",
-    "TensorRecord", "WeightReceiver", "WeightSender", "WireBucket", "choose_transport", "fingerprint", "merge_send_reports", "publish",
+    "TensorRecord", "WeightReceiver", "WeightSender", "WireBucket", "choose_transport", "fingerprint", "merge_send_reports",
+    "publish",
 ]
