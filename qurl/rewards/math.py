@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from qurl.rewards.answers import BOX, last_boxed, normalize_latex, reference_answer
+from qurl.rewards.answers import last_boxed, normalize_latex, reference_answer
 
 TAIL_CHARACTERS = 1000  # of a response without a box, searched for its final answer
 
@@ -23,10 +23,10 @@ def math(response: str, ground_truth: str, **extra: Any) -> float:
     if not all(truths):
         raise ValueError(f"the ground truth {ground_truth[:80]!r} holds no answer")
     answer = last_boxed(response)
-    if answer is None and BOX in response:
-        return 0.0  # the last box never closes: no answer
-    if answer is not None and normalize_latex(answer) in map(normalize_latex, truths):
-        return 1.0
+    if answer is not None:
+        text = normalize_latex(answer)
+        if not text or text in map(normalize_latex, truths):
+            return float(bool(text))
     return float(any(_equal(truth, answer, response) for truth in truths))
 
 
@@ -45,5 +45,5 @@ def _alternatives(truth: str) -> list[str]:
 def _equal(truth: str, answer: str | None, response: str) -> bool:
     from math_verify import parse, verify
 
-    found = parse(response[-TAIL_CHARACTERS:] if answer is None else f"{BOX}{answer}}}", parsing_timeout=None)
-    return verify(parse(f"{BOX}{truth}}}", parsing_timeout=None), found, timeout_seconds=None)
+    found = parse(response[-TAIL_CHARACTERS:] if answer is None else f"\\boxed{{{answer}}}", parsing_timeout=None)
+    return verify(parse(f"\\boxed{{{truth}}}", parsing_timeout=None), found, timeout_seconds=None)

@@ -1,0 +1,125 @@
+"""Templates, chat templates, length limits and tokenizers that lose text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qurl.config import DataConfig, OverlongPrompts
+from qurl.data import Problem, build_prompts
+
+KEY = "data.train"
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte, so that lengths are counted by eye."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def problem(text="1+1?", row=0, messages=None, **columns):
+    columns = {"question": text, **columns}
+    return Problem(row=row, place=f"line {row + 1}", text=text, messages=messages, answer="2", data_source="x",
+                   columns=columns, extra={"level": 1})  # fmt: skip
+
+
+def refused(words, problems, tokenizer, **options):
+    with pytest.raises(ValueError) as caught:
+        build_prompts(problems, tokenizer, DataConfig(**options), KEY)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_a_plain_prompt_is_the_filled_template(tokenizer):
+    config = DataConfig(prompt_template="{problem} Level {level}. Put it in \\boxed{{}}.")
+    (prompt,) = build_prompts([problem("a{b}?", row=17, level=3)], tokenizer, config, KEY).prompts
+    assert prompt.text == "a{b}? Level 3. Put it in \\boxed{}."
+    assert tokenizer.decode(prompt.token_ids) == prompt.text
+    assert (prompt.prompt_id, prompt.ground_truth, prompt.data_source, prompt.extra) == ("r000017", "2", "x", {"level": 1})
+
+
+def test_problem_names_the_configured_column_even_where_another_has_that_name(tokenizer):
+    (prompt,) = build_prompts([problem("the question", problem="other")], tokenizer, DataConfig(), KEY).prompts
+    assert prompt.text == "the question"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [("{problme}", ["problme", "question", "line 1"]), ("{problem} in \\boxed{}", ["doubled"]), ("{problem", ["expected '}'"]),
+     ("Solve it.", ["names no column"]), ("{problem.x}", ["AttributeError"]), ("{problem:d}", ["ValueError"]), ("", ["no column"])],
+)  # fmt: skip
+def test_a_template_that_does_not_fit_is_refused(tokenizer, template, words):
+    refused(["data.prompt_template", *words], [problem()], tokenizer, prompt_template=template)
+
+
+def test_the_chat_template_wraps_system_prompt_history_and_user_turn(tokenizer):
+    chatty = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, chat_template=CHAT)
+    config = DataConfig(chat_template=True, system_prompt="Think.", prompt_template="Q: {problem}")
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "1+1?"}]
+    texts = [p.text for p in build_prompts([problem(), problem(messages=history, row=1)], chatty, config, KEY).prompts]
+    assert texts == [
+        "<system>Think.<user>Q: 1+1?<assistant>",
+        "<system>Think.<user>hi<assistant>ho<user>Q: 1+1?<assistant>",
+    ]
+    own_system = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "1+1?"}]
+    refused(["line 1", "data.system_prompt"], [problem(messages=own_system)], chatty, chat_template=True, system_prompt="Think.")
+    raising = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, chat_template="{{ raise_exception('no') }}")
+    refused(["line 1", "chat template"], [problem()], raising, chat_template=True)
+
+
+def test_chat_options_that_contradict_are_refused(tokenizer):
+    refused(["data.chat_template", "no chat template"], [problem()], tokenizer, chat_template=True)
+    refused(["data.system_prompt", "data.chat_template"], [problem()], tokenizer, system_prompt="x")
+    two_turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "1+1?"}]
+    refused(["line 1", "data.chat_template"], [problem(messages=two_turns)], tokenizer)
+    single = build_prompts([problem(messages=two_turns[1:])], tokenizer, DataConfig(), KEY)
+    assert single.prompts[0].text == "1+1?"
+
+
+def test_overlong_prompts_are_dropped_and_counted_or_refused(tokenizer):
+    problems = [problem("x" * n, row=n) for n in (3, 5, 6, 9)]
+    found = build_prompts(problems, tokenizer, DataConfig(max_prompt_tokens=5), KEY)
+    assert [p.prompt_id for p in found.prompts] == ["r000003", "r000005"]
+    assert found.num_dropped == 2
+    refused(["line 7", "6 tokens", "max_prompt_tokens=5"], problems, tokenizer, max_prompt_tokens=5,
+            overlong_prompts=OverlongPrompts.error)  # fmt: skip
+    refused(["none of 4", "max_prompt_tokens=2", "shortest has 3"], problems, tokenizer, max_prompt_tokens=2)
+    refused(["max_prompt_tokens=0"], problems, tokenizer, max_prompt_tokens=0)
+
+
+def lossy(characters):
+    """A tokenizer of single characters without a token for unknown ones: it drops them, silently."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    )
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tokenizer):
+    refused(["model.tokenizer", "0 tokens"], [problem("12+3")], lossy("ab"))
+    refused(["model.tokenizer", "loses text"], [problem("12+3")], lossy("12+"))
+    assert build_prompts([problem("12+1")], lossy("12+"), DataConfig(), KEY).prompts[0].token_ids == [0, 1, 2, 0]
+    late = [problem(row=i) for i in range(20)] + [problem(row=20)]
+    late[-1] = replace(late[-1], text="")
+    refused(["line 21", "no token"], late, tokenizer)
+
+
+def test_special_tokens_are_added_to_plain_prompts_only(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<bos>"])
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))])
+    bos = backend.token_to_id("<bos>")
+    marked = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", chat_template="<bos>" + CHAT)
+    (plain,) = build_prompts([problem()], marked, DataConfig(), KEY).prompts
+    (chat,) = build_prompts([problem()], marked, DataConfig(chat_template=True), KEY).prompts
+    assert plain.token_ids.count(bos) == chat.token_ids.count(bos) == 1
+    assert plain.token_ids[0] == chat.token_ids[0] == bos
