@@ -10,7 +10,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -18,10 +18,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
 from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import Last, Metric, reduce_metrics
+from qurl.sync import EngineHandle, SendReport, merge_send_reports
 from qurl.types import TrainingSample
-
-if TYPE_CHECKING:
-    from qurl.sync import SendReport
 
 GRACE_S = 5.0
 """How long after a first error to wait for word of a dead rank, which would be its cause."""
@@ -82,7 +80,9 @@ class LearnerGroup:
         samples of a non-finite step go. ray_options: for the actors, over ours (e.g. num_gpus, scheduling_strategy)."""
         self._setup = _Setup(
             configs=(model, learner, algorithm, quantization, sync),
-            options=dict(device=device, temperature=temperature, engine_dtype=engine_dtype, threads=threads, seed=seed),
+            options={
+                "device": device, "temperature": temperature, "engine_dtype": engine_dtype, "threads": threads, "seed": seed,
+            },
         )
         self._config = learner
         self._failure_dir = failure_dir
@@ -116,10 +116,8 @@ class LearnerGroup:
         timings = {key: max(result.timings[key] for result in results) for key in results[0].timings}
         return {key: Last(value) for key, value in reduced.items()}, timings
 
-    async def send_weights(self, version: int, engines: Sequence[Any], full: bool = False) -> SendReport:
+    async def send_weights(self, version: int, engines: Sequence[EngineHandle], full: bool = False) -> SendReport:
         """Stream all weights to the engines as `version`; full: whole tensors only. Raises SyncError, LearnerDied."""
-        from qurl.sync import merge_send_reports
-
         return merge_send_reports(await self._call_all("send_weights", version, list(engines), full))
 
     async def save_checkpoint(self, folder: Path) -> None:

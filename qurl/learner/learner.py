@@ -11,12 +11,12 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from qurl.algorithms import CORRECTIONS, POLICY_LOSSES, PolicyLossInputs, kl_penalty, token_weights
 from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig, UpdateAwareness
@@ -29,13 +29,13 @@ from qurl.learner.weights import iter_all_weights, iter_share, linear_names
 from qurl.observability.metrics import Last, Mean, Metric, Sum
 from qurl.plug import resolve
 from qurl.quantization import FORMATS, fold_invariant_scaling, select_targets
+from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
-
-if TYPE_CHECKING:
-    from qurl.sync import SendReport, WeightSender
 
 TAG = "deepspeed"
 """Folder of DeepSpeed's files in a checkpoint."""
+
+WIRE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -97,14 +97,13 @@ class Learner:
         self._model_config, self._config, self._algorithm = model, learner, algorithm
         self._correct = resolve(CORRECTIONS, algorithm.correction.name, "algorithm.correction.name")
         self._policy_loss = resolve(POLICY_LOSSES, algorithm.policy_loss.name, "algorithm.policy_loss.name")
-        self._format = resolve(FORMATS, quantization.format, "quantization.format")
-        self._sync, self._engine_dtype = sync, engine_dtype
-        self._sender: WeightSender | None = None
         join_process_group(rank, world_size, master_address, master_port, self.device)
         seed_everything(seed)
         weights = load_model(model)
-        names = linear_names(weights)
-        self._targets = frozenset() if quantization.format == "none" else select_targets(names, quantization.ignore)
+        self._sender = WeightSender(
+            sync, resolve(FORMATS, quantization.format, "quantization.format"), _targets(weights, quantization),
+            _wire_dtype(engine_dtype), rank, world_size,
+        )
         if quantization.update_awareness is UpdateAwareness.invariant_scaling:
             fold_invariant_scaling(weights, quantization.invariant_scale)
         self.model = weights
@@ -212,7 +211,7 @@ class Learner:
             loss = loss + config.kl.coefficient * penalty
         return (loss * weights).sum(), report
 
-    def _fail(self, step: _MiniBatch, suspects: list[str], failure_dir: Path | None) -> None:
+    def _fail(self, step: _MiniBatch, suspects: list[str], failure_dir: Path | None) -> NoReturn:
         what = f"loss is not finite in {len(suspects)} samples" if suspects else "gradient is not finite, or another rank's loss"
         message = f"optimizer step {self.num_optimizer_steps}, rank {self.rank}: {what}; the step was not applied"
         if failure_dir is not None:
@@ -226,14 +225,8 @@ class Learner:
         """(Hugging Face name, whole tensor) of this rank's share; under ZeRO-3 all ranks must iterate to the end."""
         return iter_share(self.model, self.rank, self.world_size)
 
-    def send_weights(self, version: int, engines: Sequence[Any], full: bool = False) -> SendReport:
+    def send_weights(self, version: int, engines: Sequence[EngineHandle], full: bool = False) -> SendReport:
         """Encode this rank's share of the weights and stream it to the engines as `version`. Raises SyncError."""
-        from qurl.sync import WeightSender
-
-        if self._sender is None:
-            self._sender = WeightSender(
-                self._sync, self._format, self._targets, getattr(torch, self._engine_dtype), self.rank, self.world_size
-            )
         tensors = self.iter_weights()
         try:
             return self._sender.send(version, tensors, list(engines), full)
@@ -281,6 +274,18 @@ class Learner:
         distributed.barrier()
 
 
+def _targets(model: nn.Module, quantization: QuantizationConfig) -> frozenset[str]:
+    if quantization.format == "none":
+        return frozenset()
+    return select_targets(linear_names(model), quantization.ignore)
+
+
+def _wire_dtype(name: str) -> torch.dtype:
+    if name not in WIRE_DTYPES:
+        raise ValueError(f"rollout.engine_args.dtype={name!r}: weights cannot be sent as that; use one of {', '.join(WIRE_DTYPES)}")
+    return getattr(torch, name)
+
+
 def _spread(weights: list[float], batch: MicroBatch) -> Tensor:
     """[B, L] float32: each position the weight of its sequence, 0 on padding."""
     by_segment = torch.tensor([*(weights[index] for index in batch.sample_indices), 0.0], dtype=torch.float32)
@@ -288,5 +293,8 @@ def _spread(weights: list[float], batch: MicroBatch) -> Tensor:
 
 
 def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)})
+    moved: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+    return MicroBatch(**moved)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 LOGIT_BYTES = 256 << 20
 """Bound on one chunk of float32 logits; with a single chunk nothing is recomputed."""
@@ -20,7 +21,7 @@ class Policy(nn.Module):
     temperature: the sampler's, > 0; divides the logits, so that logprobs speak of the distribution that is sampled from.
     Dropout is off in training too: old and current logprobs must be those of one function."""
 
-    def __init__(self, model: nn.Module, *, temperature: float, activation_checkpointing: bool = False):
+    def __init__(self, model: PreTrainedModel, *, temperature: float, activation_checkpointing: bool = False):
         """Raises ValueError for a temperature that training cannot use, or a model whose logits are not its output layer."""
         super().__init__()
         if not temperature > 0:
@@ -75,7 +76,7 @@ def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float)
 
 
 @torch.no_grad()
-def _check_output_layer(model: nn.Module) -> None:
+def _check_output_layer(model: PreTrainedModel) -> None:
     """Some models cap or scale logits after the output layer, which forward() above would miss."""
     ids = torch.tensor([[1, 2, 0]], device=next(model.parameters()).device)
     expected = model(input_ids=ids, use_cache=False).logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -69,9 +70,28 @@ def build_learner(folder, *, algorithm=None, quantization=None, temperature=1.0,
 
     options = {"learning_rate": 1e-3, "num_ranks": world_size} | learner
     return Learner(
-        ModelConfig(path=str(folder)), LearnerConfig(**options), algorithm or AlgorithmConfig(), quantization or QuantizationConfig(),
-        SyncConfig(), rank=rank, world_size=world_size, master_port=port, temperature=temperature,
+        ModelConfig(path=str(folder)), LearnerConfig(**options), algorithm or AlgorithmConfig(),
+        quantization or QuantizationConfig(), SyncConfig(),
+        rank=rank, world_size=world_size, master_port=port, temperature=temperature,
     )
+
+
+@contextmanager
+def captured_gradients(learner):
+    """Yields a dict that each optimizer step at stage 0 fills with the gradients, before clipping."""
+    import qurl.learner.learner as module
+
+    gradients, apply = {}, module.apply_gradients
+
+    def apply_and_capture(engine):
+        gradients.update({name: p.grad.clone() for name, p in learner.model.named_parameters()})
+        return apply(engine)
+
+    module.apply_gradients = apply_and_capture
+    try:
+        yield gradients
+    finally:
+        module.apply_gradients = apply
 
 
 def weights_of(learner):

@@ -1,0 +1,245 @@
+"""One rank: the gradient against a slow loop, old and reference policies, masters, guards, checkpoints, export."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from learner_cases import build_learner, build_model, build_sample, build_samples, captured_gradients, weights_of
+from transformers import AutoModelForCausalLM
+
+from qurl.config import (
+    Aggregation,
+    AlgorithmConfig,
+    CorrectionConfig,
+    KLConfig,
+    KLEstimator,
+    LearnerDtype,
+    PolicyLossConfig,
+    QuantizationConfig,
+    UpdateAwareness,
+)
+from qurl.learner.learner import NonFiniteLoss
+from qurl.observability.metrics import reduce_metrics
+
+SAMPLES = build_samples()
+STAGES_AND_DTYPES = [(0, LearnerDtype.float32), (1, LearnerDtype.bfloat16), (2, LearnerDtype.float32), (3, LearnerDtype.bfloat16)]
+
+
+def metrics_of(result):
+    return reduce_metrics(result.reports)
+
+
+def token_logprobs(model, sample, temperature=1.0):
+    """[T] float64 logprobs of one sequence alone; 0 at the first token."""
+    logits = model(torch.tensor([sample.token_ids])).logits[0] / temperature
+    picked = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(sample.token_ids[1:])[:, None])[:, 0]
+    return torch.cat([picked.new_zeros(1), picked])
+
+
+def slow_tis_gradients(model, samples, aggregation, temperature, truncation):
+    """(loss, gradients) of truncated importance sampling at old = current weights, token by token in float64.
+
+    There the ratio is 1, nothing is clipped, and the gradient of ratio * A is A times that of the logprob."""
+    lengths = [sum(s.loss_mask) for s in samples]
+    loss = torch.zeros((), dtype=torch.float64)
+    for sample, length in zip(samples, lengths, strict=True):
+        logprobs = token_logprobs(model, sample, temperature)
+        scale = 1 / sum(lengths) if aggregation is Aggregation.token_mean else 1 / (len(samples) * length)
+        for t, is_trained in enumerate(sample.loss_mask):
+            if is_trained:
+                rho = math.exp(logprobs[t].item() - sample.rollout_logprobs[t])
+                ratio = torch.exp(logprobs[t] - logprobs[t].detach())
+                loss = loss - scale * min(rho, truncation) * ratio * sample.advantages[t]
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("aggregation", Aggregation)
+@pytest.mark.parametrize("budget", [10_000, 64, 1])
+def test_the_gradient_equals_a_token_by_token_loop_whatever_the_packing(model_folder, aggregation, budget):
+    algorithm = AlgorithmConfig(
+        correction=CorrectionConfig(name="tis", truncation=1.5), policy_loss=PolicyLossConfig(aggregation=aggregation),
+    )
+    learner = build_learner(model_folder, algorithm=algorithm, temperature=0.8, max_tokens_per_micro_batch=budget)
+    with captured_gradients(learner) as found:
+        learner.train_step([SAMPLES])
+    reference = build_model(tie_word_embeddings=True).double()
+    _, expected = slow_tis_gradients(reference, SAMPLES, aggregation, 0.8, 1.5)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        # float32 forward and backward: relative to the largest entry of the same weight
+        bound = 2e-5 * expected[name].abs().max().item()
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=bound, msg=name)
+
+
+def test_old_logprobs_are_those_of_the_weights_at_entry(model_folder):
+    half = len(SAMPLES) // 2
+    together = metrics_of(build_learner(model_folder, learning_rate=0.1).train_step([SAMPLES]))
+    apart = metrics_of(build_learner(model_folder, learning_rate=0.1).train_step([SAMPLES[:half], SAMPLES[half:]]))
+    for key in ("mismatch/kl_rollout_old", "mismatch/abs_logprob_diff", "mismatch/ratio_max"):
+        assert apart[key] == pytest.approx(together[key], rel=1e-4), key  # float32 logprobs from other packings
+    assert together["policy/kl_old_current"] == 0.0
+    assert apart["policy/kl_old_current"] > 1e-3
+    assert apart["policy/num_optimizer_steps"] == 2
+
+
+@pytest.mark.parametrize("estimator", KLEstimator)
+def test_the_kl_term_measures_the_distance_to_the_initial_policy(model_folder, estimator):
+    algorithm = AlgorithmConfig(kl=KLConfig(coefficient=0.1, estimator=estimator))
+    learner = build_learner(model_folder, algorithm=algorithm)
+    assert metrics_of(learner.train_step([SAMPLES]))["policy/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+    moved, initial = (build_model(tie_word_embeddings=True).double() for _ in range(2))
+    moved.load_state_dict(weights_of(learner), strict=False)
+    with torch.no_grad():
+        log_ratios = torch.cat([
+            (token_logprobs(moved, s) - token_logprobs(initial, s))[torch.tensor(s.loss_mask)] for s in SAMPLES
+        ])
+    estimates = {
+        KLEstimator.k1: log_ratios, KLEstimator.k2: 0.5 * log_ratios**2, KLEstimator.k3: torch.exp(-log_ratios) - 1 + log_ratios,
+    }
+    found = metrics_of(learner.train_step([SAMPLES]))["policy/kl_loss"]
+    assert found == pytest.approx(estimates[estimator].mean().item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_a_kl_penalty_holds_the_policy_back(model_folder, zero_stage):
+    drift = []
+    for coefficient in (1e-6, 10.0):
+        algorithm = AlgorithmConfig(kl=KLConfig(coefficient=coefficient))
+        learner = build_learner(model_folder, algorithm=algorithm, zero_stage=zero_stage)
+        for _ in range(4):
+            drift.append(metrics_of(learner.train_step([SAMPLES]))["policy/kl_loss"])
+    assert drift[7] < 0.5 * drift[3]
+
+
+def test_a_rewarded_response_becomes_likely_and_a_punished_one_unlikely(model_folder):
+    good = build_sample([5, 6, 7, 8, 9], 2, sample_id="p0/0", advantage=1.0)
+    bad = build_sample([5, 6, 10, 11, 12], 2, sample_id="p0/1", advantage=-1.0)
+    algorithm = AlgorithmConfig(correction=CorrectionConfig(name="none"))
+    learner = build_learner(model_folder, algorithm=algorithm)
+
+    def logprobs():
+        model = build_model(tie_word_embeddings=True)
+        model.load_state_dict(weights_of(learner), strict=False)
+        with torch.no_grad():
+            return [token_logprobs(model, sample)[2:].sum().item() for sample in (good, bad)]
+
+    before = logprobs()
+    for _ in range(20):
+        learner.train_step([[good, bad]])
+    after = logprobs()
+    assert after[0] > before[0] + 1.0 and after[1] < before[1] - 1.0
+
+
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_bfloat16_masters_hold_the_unrounded_weights(model_folder, zero_stage):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    quantization = QuantizationConfig(update_awareness=UpdateAwareness.invariant_scaling, invariant_scale=1.5)
+    settings = {"dtype": LearnerDtype.bfloat16, "zero_stage": zero_stage, "learning_rate": 1e-6}
+    learner = build_learner(model_folder, quantization=quantization, **settings)
+    folded = weights_of(build_learner(model_folder, quantization=quantization))
+    for name, parameter in learner.model.named_parameters():
+        assert torch.equal(safe_get_full_fp32_param(parameter), folded[name]), name
+    start = weights_of(learner)
+    assert all(torch.equal(start[name], folded[name].bfloat16()) for name in folded)
+    for _ in range(3):
+        learner.train_step([SAMPLES])
+    name, parameter = next((n, p) for n, p in learner.model.named_parameters() if n.endswith("gate_proj.weight"))
+    change = (safe_get_full_fp32_param(parameter) - folded[name]).abs().max().item()
+    assert 2e-6 < change < 4e-6, "three Adam steps of 1e-6, far below the resolution of bfloat16"
+
+
+def test_bfloat16_gradients_accumulate_in_float32(model_folder):
+    norms = [
+        metrics_of(build_learner(model_folder, dtype=LearnerDtype.bfloat16, max_tokens_per_micro_batch=budget).train_step([SAMPLES]))
+        ["policy/grad_norm"] for budget in (10_000, 1)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2)  # bfloat16 backward: 8 bits per product, in another order
+
+
+@pytest.mark.parametrize("zero_stage, dtype", STAGES_AND_DTYPES)
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_samples(model_folder, tmp_path, zero_stage, dtype):
+    learner, untouched = (build_learner(model_folder, zero_stage=zero_stage, dtype=dtype) for _ in range(2))
+    poisoned = [dataclasses.replace(SAMPLES[0], sample_id="bad/0", advantages=[math.nan] * len(SAMPLES[0].advantages)), *SAMPLES]
+    start = weights_of(learner)
+    with pytest.raises(NonFiniteLoss, match="not applied") as failure:
+        learner.train_step([poisoned], tmp_path)
+    assert "bad/0" in failure.value.sample_ids
+    saved = json.loads((tmp_path / "nonfinite_rank0.json").read_text())
+    assert [s["sample_id"] for s in saved["samples"]] == [s.sample_id for s in poisoned]
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights_of(learner).items())
+    for each in (learner, untouched):
+        each.train_step([SAMPLES])
+    expected = weights_of(untouched)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(learner).items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step_too(model_folder):
+    learner = build_learner(model_folder)
+    learner.model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    start = weights_of(learner)
+    with pytest.raises(NonFiniteLoss, match="gradient"):
+        learner.train_step([SAMPLES])
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights_of(learner).items())
+
+
+@pytest.mark.parametrize("zero_stage, dtype", STAGES_AND_DTYPES)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(model_folder, tmp_path, zero_stage, dtype):
+    quantization = QuantizationConfig(update_awareness=UpdateAwareness.invariant_scaling)
+    settings = {"quantization": quantization, "zero_stage": zero_stage, "dtype": dtype, "warmup_steps": 7}
+    half = len(SAMPLES) // 2
+    batches = [[SAMPLES[:half], SAMPLES[half:]], [build_samples(seed=1)], [build_samples(seed=2)], [SAMPLES]]
+    unbroken, first = (build_learner(model_folder, **settings) for _ in range(2))
+    expected = [metrics_of(unbroken.train_step(batch)) for batch in batches]
+    found = [metrics_of(first.train_step(batch)) for batch in batches[:2]]
+    first.save_checkpoint(tmp_path)
+    drawn = torch.rand(3)
+    resumed = build_learner(model_folder, **settings)
+    resumed.load_checkpoint(tmp_path)
+    assert torch.equal(torch.rand(3), drawn)
+    assert resumed.num_optimizer_steps == 3
+    found += [metrics_of(resumed.train_step(batch)) for batch in batches[2:]]
+    assert found == expected
+    weights = weights_of(unbroken)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(resumed).items())
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused(model_folder, tmp_path):
+    build_learner(model_folder).save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"zero_stage.*set them alike"):
+        build_learner(model_folder, zero_stage=2).load_checkpoint(tmp_path)
+
+
+def test_the_learning_rate_warms_up_linearly(model_folder):
+    learner = build_learner(model_folder, warmup_steps=4, learning_rate=1e-3)
+    rates = [metrics_of(learner.train_step([SAMPLES[:2]]))["policy/learning_rate"] for _ in range(6)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
+
+
+def test_invariant_scaling_is_in_the_weights_and_keeps_the_function(model_folder):
+    quantization = QuantizationConfig(update_awareness=UpdateAwareness.invariant_scaling, invariant_scale=2.0)
+    folded, plain = build_learner(model_folder, quantization=quantization), build_learner(model_folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(weights_of(folded)[name] * 2, weights_of(plain)[name])
+    first, second = (metrics_of(learner.train_step([SAMPLES])) for learner in (folded, plain))
+    assert first["policy/entropy"] == pytest.approx(second["policy/entropy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_exported_folder_loads_as_the_trained_model(tmp_path, zero_stage, tied):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build_model(tie_word_embeddings=tied).save_pretrained(source)
+    (source / "tokenizer.json").write_text("{}")
+    learner = build_learner(source, zero_stage=zero_stage)
+    learner.train_step([SAMPLES])
+    learner.export_hf(target)
+    assert (target / "tokenizer.json").read_text() == "{}"
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    weights = weights_of(learner)
+    assert ("lm_head.weight" in weights) is not tied
+    assert weights.keys() == dict(loaded.named_parameters()).keys()
+    assert all(torch.equal(weights[name], p) for name, p in loaded.named_parameters())
