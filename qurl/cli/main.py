@@ -61,8 +61,9 @@ def _parser(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"qurl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, summary in COMMANDS.items():
+        sentence = summary[0].upper() + summary[1:] + "."
         command = commands.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + ".", formatter_class=argparse.RawDescriptionHelpFormatter
+            name, help=summary, description=sentence, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name in argv:
             importlib.import_module(f"qurl.cli.{name}").add_arguments(command)

@@ -12,16 +12,17 @@ from qurl.config.validate import validate
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """key=value arguments, with the groups and options that exist listed in the help."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration in Hydra's grammar")
+    command = parser.prog.split()[-1]
     groups = ("recipe", "model", "data", "algorithm", "quantization", "rollout", "learner", "sync", "reward", "cluster", "logging")
     listing = "\n".join(f"  {group:14}{', '.join(group_options(group))}" for group in groups)
     parser.epilog = f"""Groups and their options:
 {listing}
 
 Examples:
-  qurl {parser.prog.split()[-1]} recipe=quickstart
-  qurl {parser.prog.split()[-1]} recipe=quickstart quantization=fp8 rollout.max_staleness=1 run_name=fp8
-  qurl {parser.prog.split()[-1]} recipe=runs/quickstart/config.yaml seed=1 run_name=seed1
-  qurl {parser.prog.split()[-1]} model.path=Qwen/Qwen2.5-0.5B-Instruct data=gsm8k reward=gsm8k rollout.engine_args.max_num_seqs=64"""
+  qurl {command} recipe=quickstart
+  qurl {command} recipe=quickstart quantization=fp8 rollout.max_staleness=1 run_name=fp8
+  qurl {command} recipe=runs/quickstart/config.yaml seed=1 run_name=seed1
+  qurl {command} model.path=Qwen/Qwen2.5-0.5B-Instruct data=gsm8k rollout.engine_args.max_num_seqs=64"""
 
 
 def validated(overrides: list[str]) -> TrainConfig:

@@ -12,7 +12,7 @@ from qurl.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Overrides, and GPUs to plan for."""
-    parser.add_argument("--gpus", metavar="NxGIB", help="plan for N GPUs of GIB GiB each (Hopper) instead of this machine's, e.g. 8x80")
+    parser.add_argument("--gpus", metavar="NxGIB", help="plan for N Hopper GPUs of GIB GiB instead of this machine's, e.g. 8x80")
     add_overrides(parser)
 
 

@@ -54,6 +54,9 @@ def compose(overrides: Sequence[str]) -> TrainConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
     assert isinstance(config, TrainConfig)
+    chosen = config.quantization
+    if type(chosen) is not SCHEMAS.get(chosen.format):
+        raise ConfigError(f"quantization.format={chosen.format} does not go with the chosen option; use quantization={chosen.format}")
     return config
 
 
@@ -129,6 +132,9 @@ def _store_recipe(path: Path) -> str:
         raise ConfigError(f"recipe={path} cannot be read: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"recipe={path} is not a mapping of configuration keys")
+    if OmegaConf.select(content, "quantization.format") is not None:  # a resolved configuration; the option carries the format
+        option = content.quantization.pop("format")
+        content.defaults = [*content.get("defaults", []), {"override /quantization": option}]
     name = re.sub(r"\W", "_", str(path.with_suffix("")))
     ConfigStore.instance().store(group="recipe", name=name, node=content, package="_global_")
     return name

@@ -110,7 +110,9 @@ def _activations_per_token(model: ModelFacts, checkpointing: bool) -> int:
     return model.num_layers * model.hidden_size + layer if checkpointing else model.num_layers * layer
 
 
-def engine_memory(config: TrainConfig, model: ModelFacts, weight_bytes: int, longest: int, samples: int, device: str) -> EngineMemory:
+def engine_memory(
+    config: TrainConfig, model: ModelFacts, weight_bytes: int, longest: int, samples: int, device: str
+) -> EngineMemory:
     """One GPU of an engine (or the engine on a CPU) that has `samples` responses of `longest` tokens to sample."""
     rollout, arguments = config.rollout, config.rollout.engine_args
     size = rollout.tensor_parallel_size

@@ -44,7 +44,7 @@ def _check_dataset(dataset: DatasetConfig, key: str) -> None:
     if path.is_file():
         return
     if path.suffix in FILE_SUFFIXES or dataset.path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(dataset.path):
-        raise ConfigError(f"{key}={dataset.path} does not exist; `qurl prepare NAME` makes the data of a recipe, or give a hub dataset")
+        raise ConfigError(f"{key}={dataset.path} does not exist; `qurl prepare NAME` makes a recipe's data, or give a hub dataset")
 
 
 def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
@@ -72,5 +72,6 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
         return frozenset()
     experts = [name for name in model.parameters if ".experts." in name]
     if experts:
-        raise ConfigError(f"quantization={config.quantization.format}: mixtures of experts are not supported ({experts[0]}); use none")
+        name = config.quantization.format
+        raise ConfigError(f"quantization={name}: mixtures of experts are not supported ({experts[0]}); use quantization=none")
     return select_targets(model.linear_names, config.quantization.ignore)

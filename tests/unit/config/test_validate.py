@@ -1,0 +1,90 @@
+"""Value ranges and pairs of keys: each refusal names its key and a value that works."""
+
+import pytest
+
+from qurl.config.compose import compose
+from qurl.config.validate import TRANSPORTS, validate
+from qurl.errors import ConfigError
+
+NEEDED = ["model.path=some/model", "data.train.path=some/data"]
+
+REFUSED = [
+    ("num_steps=0", "num_steps"),
+    ("run_name=a/b", "run_name"),
+    ("run_name=''", "run_name"),
+    ("data.train.path=''", "data.train.path"),
+    ("data.eval.a.split=test", "data.eval.a.path"),
+    ("data.max_prompt_tokens=0", "data.max_prompt_tokens"),
+    ("data.system_prompt=hello", "data.system_prompt"),
+    ("algorithm.correction.truncation=0", "algorithm.correction.truncation"),
+    ("algorithm.correction.truncation=nan", "algorithm.correction.truncation"),
+    ("algorithm.correction.max_clip_scale=0.5", "algorithm.correction.max_clip_scale"),
+    ("algorithm.policy_loss.clip_low=-0.1", "algorithm.policy_loss.clip_low"),
+    ("algorithm.policy_loss.clip_low=1.5", "algorithm.policy_loss.clip_low"),
+    ("algorithm.policy_loss.clip_high=0", "algorithm.policy_loss.clip_high"),
+    ("algorithm.policy_loss.dual_clip=1", "algorithm.policy_loss.dual_clip"),
+    ("algorithm.kl.coefficient=-1", "algorithm.kl.coefficient"),
+    ("quantization.invariant_scale=0", "quantization.invariant_scale"),
+    ("rollout.num_prompts_per_step=0", "rollout.num_prompts_per_step"),
+    ("rollout.num_samples_per_prompt=1", "rollout.num_samples_per_prompt"),
+    ("rollout.temperature=0", "rollout.temperature"),
+    ("rollout.temperature=inf", "rollout.temperature"),
+    ("rollout.top_p=0", "rollout.top_p"),
+    ("rollout.top_p=1.1", "rollout.top_p"),
+    ("rollout.top_k=0", "rollout.top_k"),
+    ("rollout.max_staleness=-1", "rollout.max_staleness"),
+    ("rollout.num_engines=0", "rollout.num_engines"),
+    ("rollout.stop_token_ids=[-5]", "rollout.stop_token_ids"),
+    ("learner.zero_stage=4", "learner.zero_stage"),
+    ("learner.learning_rate=0", "learner.learning_rate"),
+    ("learner.adam_betas=[0.9]", "learner.adam_betas"),
+    ("learner.adam_betas=[0.9,1.0]", "learner.adam_betas"),
+    ("learner.num_mini_batches=5", "1, 2, 4, 8, 16, 32"),
+    ("learner.num_ranks=1000", "learner.num_ranks"),
+    ("learner.max_tokens_per_micro_batch=2047", "2048"),
+    ("sync.transport=pigeon", "sync.transport"),
+    ("sync.bucket_bytes=0", "sync.bucket_bytes"),
+    ("sync.max_inflight_buckets=0", "sync.max_inflight_buckets"),
+    ("reward.timeout_s=0", "reward.timeout_s"),
+    ("reward.max_error_fraction=2", "reward.max_error_fraction"),
+    ("evaluation.num_samples_per_prompt=4", "evaluation.num_samples_per_prompt"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last"),
+    ("cluster.stall_timeout_s=0", "cluster.stall_timeout_s"),
+]
+
+REFUSED_TOGETHER = [
+    (["sync.delta=true", "sync.track_changes=false"], "sync.delta"),
+    (["quantization=none", "quantization.ignore=[down_proj]"], "quantization.ignore"),
+    (["quantization=none", "quantization.update_awareness=invariant_scaling"], "quantization.update_awareness"),
+    (["cluster=cpu", "sync.transport=nccl"], "sync.transport"),
+    (["cluster=cpu", "cluster.colocate=true"], "cluster.colocate"),
+    (["cluster=gpu_colocated", "sync.transport=nccl"], "sync.transport"),
+    (["cluster=gpu", "sync.transport=cuda_ipc"], "sync.transport"),
+    (["cluster=gpu_colocated", "rollout.max_staleness=1"], "rollout.max_staleness"),
+    (["cluster=gpu_colocated", "rollout.num_engines=2"], "rollout.num_engines"),
+]
+
+
+def test_the_defaults_validate() -> None:
+    validate(compose(NEEDED))
+
+
+@pytest.mark.parametrize(("override", "told"), REFUSED)
+def test_a_value_out_of_range_is_refused_by_its_key(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(compose([*NEEDED, override]))
+    assert told in str(caught.value)
+    assert "use " in str(caught.value)
+
+
+@pytest.mark.parametrize(("overrides", "told"), REFUSED_TOGETHER)
+def test_a_pair_that_contradicts_itself_is_refused(overrides: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(compose([*NEEDED, *overrides]))
+    assert str(caught.value).startswith(told)
+
+
+def test_the_transports_are_those_that_exist() -> None:
+    from qurl.sync import TRANSPORTS as IMPLEMENTED
+
+    assert set(TRANSPORTS) == {"auto", *IMPLEMENTED}

@@ -1,0 +1,158 @@
+"""Plans: arithmetic by hand, refusals by key."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from qurl.config.compose import compose
+from qurl.config.placement import place
+from qurl.config.validate import validate
+from qurl.errors import ConfigError
+from qurl.hardware import Gpu, Hardware
+from qurl.plan import make_plan
+
+GIB = 1 << 30
+LAPTOP = Hardware(
+    cpu_name="cpu", cpu_flags=frozenset(), num_cores=8, memory_bytes=64 * GIB, shm_bytes=32 * GIB, gpus=()
+)  # fmt: skip
+
+
+def with_gpus(count: int, gib: int = 80, capability: tuple[int, int] = (9, 0)) -> Hardware:
+    gpu = Gpu(name="gpu", memory_bytes=gib * GIB, capability=capability)
+    return dataclasses.replace(LAPTOP, gpus=(gpu,) * count)
+
+
+def plan(overrides: list[str], machine: Hardware = LAPTOP):
+    config = compose(overrides)
+    validate(config)
+    return make_plan(config, machine)
+
+
+def test_batch_arithmetic(needed: list[str]) -> None:
+    batch = plan([*needed, "learner.num_mini_batches=4", "learner.num_ranks=3", "num_steps=10"]).batch
+    assert (batch.num_samples, batch.num_samples_per_mini_batch, batch.num_samples_per_rank) == (256, 64, 22)
+    assert (batch.longest_tokens, batch.max_tokens) == (128, 256 * 128)
+    assert batch.max_micro_batches == 11  # two samples of 128 tokens in 256
+    assert batch.num_optimizer_steps == 40
+
+
+def test_parameters_and_wire_bytes_match_the_real_model_and_its_encoding(needed: list[str], model_dir: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qurl.quantization import FORMATS, select_targets
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+    linear = [name for name, module in model.named_modules() if type(module).__name__ == "Linear"]
+    for name in ("none", "int8", "fp8", "fp8_block"):
+        found = plan([*needed, f"quantization={name}"])
+        targets = select_targets(linear, []) if name != "none" else frozenset()
+        expected = 0
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.removesuffix(".weight") in targets:
+                wire = FORMATS[name].encode(parameter.detach())
+                expected += sum(t.numel() * t.element_size() for t in wire.values())
+            else:
+                expected += 2 * parameter.numel()
+        assert found.wire_bytes == expected
+        assert found.model.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_zero_stages_shard_what_they_say(needed: list[str]) -> None:
+    memory = {
+        stage: plan([*needed, "learner.num_ranks=4", "learner.dtype=bfloat16", f"learner.zero_stage={stage}"]).learner
+        for stage in range(4)
+    }
+    size = memory[0].weights // 2
+    assert [memory[s].weights for s in range(4)] == [2 * size] * 3 + [2 * size // 4]
+    assert [memory[s].gradients for s in range(4)] == [4 * size] * 2 + [size] * 2
+    assert [memory[s].optimizer for s in range(4)] == [3 * size] * 4  # bfloat16 at stage 0 runs as stage 1
+
+
+def test_cache_of_a_sequence_is_layers_times_heads_times_tokens(needed: list[str]) -> None:
+    engine = plan(needed).engine
+    assert engine.kv_per_sequence == 2 * 2 * 2 * 16 * 128 * 2  # k and v, layers, heads, head size, tokens, bytes
+    assert engine.kv_all == 256 * engine.kv_per_sequence
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], (8, 8)),
+        (["rollout.num_engines=2", "learner.num_ranks=4"], (4, 2)),
+        (["rollout.max_staleness=1"], (4, 4)),
+        (["rollout.max_staleness=1", "rollout.num_engines=2", "learner.num_ranks=2"], (2, 2)),
+        (["rollout.max_staleness=1", "rollout.num_engines=16", "learner.num_ranks=16"], (1, 1)),
+        (["cluster.engine_threads=3"], (3, 8)),
+    ],
+)
+def test_threads_stay_within_the_cores(needed: list[str], overrides: list[str], expected: tuple[int, int]) -> None:
+    found = place(compose([*needed, *overrides]), num_gpus=0, num_cores=8)
+    assert (found.engine_threads, found.learner_threads) == expected
+
+
+def test_oversubscribed_cores_are_noted(needed: list[str]) -> None:
+    assert any("compete" in note for note in plan([*needed, "rollout.num_engines=16"]).warnings)
+
+
+def test_fp8_on_a_processor_is_noted_as_emulated(needed: list[str]) -> None:
+    assert any("emulated" in note for note in plan([*needed, "quantization=fp8"]).warnings)
+
+
+def test_gpu_shares(needed: list[str]) -> None:
+    gpu = [*needed, "cluster=gpu", "rollout.tensor_parallel_size=2"]
+    found = plan(gpu, with_gpus(3)).placement
+    assert (found.device, found.gpus_per_engine, found.gpus_per_rank) == ("cuda", 2.0, 1.0)
+    shared = plan([*needed, "cluster=gpu_colocated", "rollout.engine_args.gpu_memory_utilization=0.5"], with_gpus(1)).placement
+    assert (shared.gpus_per_engine, shared.gpus_per_rank) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "told"),
+    [
+        (["algorithm.correction.name=tsi"], LAPTOP, "algorithm.correction.name"),
+        (["algorithm.advantage.name=gae"], LAPTOP, "algorithm.advantage.name"),
+        (["algorithm.policy_loss.name=nope"], LAPTOP, "algorithm.policy_loss.name"),
+        (["reward.function=nope"], LAPTOP, "reward.function"),
+        (["reward.function=no_such_module:f"], LAPTOP, "reward.function"),
+        (["quantization.ignore=[nonesuch]"], LAPTOP, "quantization.ignore"),
+        (["rollout.engine_args.seed=1"], LAPTOP, "rollout.engine_args.seed"),
+        (["learner.deepspeed.optimizer.type=SGD"], LAPTOP, "learner.deepspeed.optimizer"),
+        (["rollout.tensor_parallel_size=3", "cluster=gpu"], with_gpus(8), "use one of 1, 2, 4"),
+        (["rollout.max_response_tokens=1000", "learner.max_tokens_per_micro_batch=2000"], LAPTOP, "512 positions"),
+        (["evaluation.max_response_tokens=1000"], LAPTOP, "512 positions"),
+        (["cluster=gpu"], LAPTOP, "cluster.device=cuda"),
+        (["cluster=gpu", "learner.num_ranks=8"], with_gpus(8), "need 9 GPUs, 8 found"),
+        (["cluster=gpu", "quantization=fp8"], with_gpus(2, capability=(8, 0)), "use quantization=int8"),
+        ([], dataclasses.replace(LAPTOP, memory_bytes=GIB), "memory"),
+        (["rollout.engine_args.kv_cache_memory_bytes=1000"], LAPTOP, "use at least 32768"),
+    ],
+)
+def test_what_cannot_run_is_refused(needed: list[str], overrides: list[str], machine: Hardware, told: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        plan([*needed, *overrides], machine)
+    assert told in str(caught.value)
+
+
+def test_a_learner_that_does_not_fit_its_gpu_is_refused(needed: list[str], tmp_path: Path) -> None:
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, tie_word_embeddings=False,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    seven_billion = [*needed, f"model.path={tmp_path}", "cluster=gpu", "learner.dtype=bfloat16", "sync.track_changes=false"]
+    with pytest.raises(ConfigError, match="learner.zero_stage"):
+        plan(seven_billion, with_gpus(8))
+    found = plan([*seven_billion, "learner.num_ranks=7", "learner.zero_stage=3"], with_gpus(8))
+    assert found.model.num_parameters == 7_615_616_512  # published size of Qwen2.5-7B
+    assert math.isclose(found.bf16_bytes / found.wire_bytes, 1.75, rel_tol=0.01)  # embeddings and head stay bfloat16
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "unheard"}', "not json"])
+def test_a_folder_that_is_no_model_is_refused_by_its_key(needed: list[str], tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="model.path="):
+        plan([*needed, f"model.path={tmp_path}"])
