@@ -62,14 +62,14 @@ def curve_figure(panel: Panel, runs: Sequence[RunData], colors: Sequence[str]) -
     figure, axes = _figure(panel.title)
     several_runs, several_keys = len(runs) > 1, len(panel.keys) > 1
     for color, style, key, run, steps, values in curves:
-        parts = [run.label] * several_runs + [key] * several_keys
+        parts = [run.label] * several_runs + [key.rpartition("/")[2]] * several_keys
         _draw_curve(axes, steps, values, color, style, " ".join(parts))
     if panel.log and all(v > 0 for c in curves for v in c[5]):
         axes.set_yscale("log")
     axes.set_xlabel("iteration")
     axes.set_ylabel(panel.unit)
     if several_runs or several_keys:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
@@ -113,15 +113,9 @@ def _draw_curve(axes: Axes, steps: list[int], values: list[float], color: str, s
 
 
 def running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over up to `reach` neighbors on each side, the same number on both, so that ends are not bent."""
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    means = []
-    for i in range(len(values)):
-        r = min(reach, i, len(values) - 1 - i)
-        means.append((sums[i + r + 1] - sums[i - r]) / (2 * r + 1))
-    return means
+    """Mean over the value and up to `reach` neighbors on each side; fewer at the ends."""
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _stacked_bars(title: str, labels: list[str], parts: dict[str, list[float]], colors: dict[str, str]) -> Figure | None:
