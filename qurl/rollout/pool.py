@@ -164,9 +164,13 @@ class RolloutPool:
             self._dispatch()
 
     def _redispatch(self, work: _Work) -> None:
-        if not work.future.done():
-            self._num_redispatched += 1
-            self._queue.insert(0, work)
+        if work.future.done():
+            return
+        if self._failure is not None:
+            work.future.set_exception(self._failure)
+            return
+        self._num_redispatched += 1
+        self._queue.insert(0, work)
 
     # ---- health -----------------------------------------------------------------------------------------------------
 

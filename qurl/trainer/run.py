@@ -34,9 +34,12 @@ def run(config: TrainConfig) -> int:
         checkpoints = Checkpoints(folder.path, config.checkpoint.keep_last)
         resume_from = checkpoints.latest()
         state = checkpoints.state(resume_from) if resume_from else None
-        if state is not None and state["step"] >= config.num_steps:
+        if state is not None and state["step"] > config.num_steps:
             raise ConfigError(f"num_steps={config.num_steps}: {folder.path} is already trained for {state['step']} steps; "
                               "raise num_steps or choose another run_name")  # fmt: skip
+        if state is not None and state["step"] == config.num_steps:
+            logger.warning("%s is trained for all %d steps; raise num_steps to go on", folder.path, config.num_steps)
+            return EXIT_DONE
         tokenizer = load_tokenizer(config)
         prompts, evaluation = load_prompts(config, tokenizer)
         log = RunLogger(folder.path, config.logging, config.num_steps, folder.resolved)

@@ -1,0 +1,62 @@
+"""Checkpoints survive what ends a process half-way."""
+
+import asyncio
+import errno
+
+import pytest
+
+from qurl.trainer.checkpoint import Checkpoints
+
+
+def save(checkpoints, step, content="weights", fail=None):
+    async def save_learner(folder):
+        (folder / "weights").write_text(content)
+        if fail:
+            raise fail
+
+    return asyncio.run(checkpoints.save(step, {"step": step}, save_learner))
+
+
+def test_latest_is_the_newest_complete_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    assert checkpoints.latest() is None
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert checkpoints.latest().name == "step_000003"
+    assert checkpoints.state(checkpoints.latest()) == {"step": 3}
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*")) == ["step_000002", "step_000003"]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    save(checkpoints, 1)
+    with pytest.raises(RuntimeError, match="step 2 was not written.*No space left.*previous one is still the latest"):
+        save(checkpoints, 2, fail=OSError(errno.ENOSPC, "No space left on device"))
+    assert checkpoints.latest().name == "step_000001"
+    assert [p.name for p in (tmp_path / "checkpoints").glob(".partial*")] == []
+
+
+def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    save(checkpoints, 1)
+    partial = tmp_path / "checkpoints" / ".partial_step_000002"
+    partial.mkdir()
+    (partial / "weights").write_text("half")
+    assert checkpoints.latest().name == "step_000001"
+    save(checkpoints, 2, content="whole")
+    assert (checkpoints.latest() / "weights").read_text() == "whole"
+
+
+def test_the_same_step_can_be_written_again(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 4, content="first")
+    save(checkpoints, 4, content="second")
+    assert (checkpoints.latest() / "weights").read_text() == "second"
+
+
+def test_a_pointer_to_an_incomplete_folder_is_refused_by_name(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1)
+    (checkpoints.latest() / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="step_000001, which is incomplete"):
+        checkpoints.latest()
