@@ -153,10 +153,9 @@ def test_bfloat16_masters_hold_the_unrounded_weights(model_folder, zero_stage):
 
 
 def test_bfloat16_gradients_accumulate_in_float32(model_folder):
-    norms = [
-        metrics_of(build_learner(model_folder, dtype=LearnerDtype.bfloat16, max_tokens_per_micro_batch=budget).train_step([SAMPLES]))
-        ["policy/grad_norm"] for budget in (10_000, 1)
-    ]
+    settings = {"dtype": LearnerDtype.bfloat16}
+    learners = [build_learner(model_folder, max_tokens_per_micro_batch=budget, **settings) for budget in (10_000, 1)]
+    norms = [metrics_of(learner.train_step([SAMPLES]))["policy/grad_norm"] for learner in learners]
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)  # bfloat16 backward: 8 bits per product, in another order
 
 
