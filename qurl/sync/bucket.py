@@ -82,8 +82,9 @@ def lay_out(
     for tensor in tensors:
         entries.append(BucketEntry(record=tensor.record, offset=offset, delta=tensor.delta))
         offset += tensor.num_bytes
+    num_bytes = max(offset, ALIGNMENT)  # where nothing changed: memory cannot be mapped and links cannot send without a byte
     bucket = WireBucket(
-        version=version, sender_rank=sender_rank, index=index, entries=tuple(entries), num_bytes=offset, keep_base=keep_base
+        version=version, sender_rank=sender_rank, index=index, entries=tuple(entries), num_bytes=num_bytes, keep_base=keep_base
     )
     return bucket, [piece for tensor in tensors for piece in tensor.pieces]
 

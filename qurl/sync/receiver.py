@@ -78,7 +78,7 @@ class WeightReceiver:
         with self._lock, self._rejecting(what):
             if bucket.payload is None:
                 raise SyncError(f"{what} has no payload")
-            with bucket.payload.open(self._links) as buffer:  # first of all: a link must be drained even if we reject
+            with bucket.payload.open(self._links) as buffer:  # first of all: also a bucket that is rejected must leave its link
                 self._require_under_way(bucket.version, what)
                 tensors: dict[str, Tensor] = {}
                 for entry, pieces in unpack(bucket, buffer):

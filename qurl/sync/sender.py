@@ -214,7 +214,8 @@ class WeightSender:
                 reason = last_line(error)
             else:
                 continue
-            if progress.failed.setdefault(index, reason) == reason:
+            if index not in progress.failed:
+                progress.failed[index] = reason
                 logger.warning("engine %d dropped out of the weight update: %s", index, reason)
         delivery.release()
 

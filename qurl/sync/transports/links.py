@@ -1,7 +1,7 @@
 """Point-to-point links of torch.distributed between a sender and each engine: gloo on CPUs, NCCL between GPUs.
 
 A link is a process group of two that is built directly on a TCPStore of the sender, independent of any default group, when the
-first bucket is sent. It is kept between updates and built anew after a failure. The sender serves each engine from a thread of
+first bucket is sent. It is kept between updates and built anew after any failure. The sender serves each engine from a thread of
 its own: announce the bucket, send, wait for the acknowledgement. An engine that runs several workers needs one of the other
 transports."""
 
@@ -151,11 +151,9 @@ class _Link:
         if self._group is None:
             self._group = _connect(self._backend, dist.PrefixStore(self._key, self._store), SENDER, self._timeout_s)
         sending = self._group.send([buffer], RECEIVER, bucket.index)
-        failure = acknowledgement.exception(timeout=self._timeout_s)
-        self.is_broken = not sending.is_completed()  # a rejected bucket was drained all the same
-        if failure is not None:
-            raise failure
+        acknowledgement.result(timeout=self._timeout_s)
         sending.wait()
+        self.is_broken = False
 
 
 def _connect(backend: str, store: dist.Store, rank: int, timeout_s: float) -> Any:

@@ -100,7 +100,9 @@ def nudge(weights: dict[str, Tensor], seed: int, fraction: float = 0.02) -> dict
     """The weights after a small update: a few entries move."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.where(torch.rand(w.shape, generator=generator) < fraction, w + 0.05 * torch.randn(w.shape, generator=generator), w)
+        name: torch.where(
+            torch.rand(w.shape, generator=generator) < fraction, w + 0.05 * torch.randn(w.shape, generator=generator), w
+        )
         for name, w in weights.items()
     }
 

@@ -51,7 +51,9 @@ def test_a_truncated_buffer_is_refused(cut):
         list(unpack(replace(bucket, num_bytes=bucket.num_bytes - cut), buffer[:-cut]))
 
 
-@pytest.mark.parametrize("change", [{"dtype": "int9"}, {"dtype": "nn"}, {"dtype": "float32"}, {"shape": (7, 14)}, {"num_bytes": 90}])
+@pytest.mark.parametrize(
+    "change", [{"dtype": "int9"}, {"dtype": "nn"}, {"dtype": "float32"}, {"shape": (7, 14)}, {"num_bytes": 90}]
+)
 def test_a_header_that_contradicts_itself_is_refused(change):
     bucket, buffer = laid_out({"codes": mixed_tensors()["codes"]})
     entry = bucket.entries[0]

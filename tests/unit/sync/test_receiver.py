@@ -181,7 +181,9 @@ def test_a_commit_of_another_version_is_refused(receiver, installer):
     assert_rejected_until_a_complete_update(receiver, installer)
 
 
-@pytest.mark.parametrize("step", [lambda r: r.receive(buckets_of(weights(1))[0]), lambda r: r.commit(1, manifest_of(buckets_of(weights(1))))])
+@pytest.mark.parametrize(
+    "step", [lambda r: r.receive(buckets_of(weights(1))[0]), lambda r: r.commit(1, manifest_of(buckets_of(weights(1))))]
+)
 def test_nothing_is_accepted_before_begin(receiver, installer, step):
     with pytest.raises(SyncError, match="no weight update has begun"):
         step(receiver)
