@@ -1,0 +1,135 @@
+"""Makes the quickstart's problems and its warm-started model.
+
+The problems are chains of additions and subtractions, "7+5-9+3". The demonstrations show two habits: most blurt the answer out,
+which a model this small gets mostly wrong; the others work from left to right and are right. Greedy decoding of the warm-started
+model follows the common habit. Reinforcement learning is told only which answers were right, and has to find out that working pays."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qurl.warmstart import (
+    Demonstration,
+    model_config,
+    new_model,
+    run_stage,
+    save_model,
+    train_tokenizer,
+    warm_start,
+    write_problems,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the outcome, besides the seed."""
+
+    min_numbers: int = 3
+    max_numbers: int = 6
+    largest: int = 9  # each number is 1..largest, each partial result 0..99
+    num_train: int = 8000
+    num_held_out: int = 500
+    num_demonstrations: int = 30000
+    direct_fraction: float = 0.6  # of the demonstrations
+    vocab_size: int = 320
+    hidden_size: int = 256
+    num_layers: int = 3
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chain:
+    """7+5-9: terms ["7", "+5", "-9"], totals [7, 12, 3]."""
+
+    terms: list[str]
+    totals: list[int]
+
+    @property
+    def problem(self) -> str:
+        return "".join(self.terms)
+
+    @property
+    def answer(self) -> str:
+        return str(self.totals[-1])
+
+    def demonstration(self, direct: bool) -> Demonstration:
+        """Direct: "#### 3". Else "7+5=12-9=3", then "#### 3" on a line of its own."""
+        work = "" if direct else self.terms[0] + "".join(f"{t}={n}" for t, n in zip(self.terms[1:], self.totals[1:], strict=True)) + "\n"
+        return Demonstration(prompt=f"{self.problem}=", response=f"{work}#### {self.answer}")
+
+
+def random_chain(rng: random.Random, settings: Settings) -> Chain:
+    """A chain whose partial results stay within 0..99."""
+    total = rng.randint(1, settings.largest)
+    terms, totals = [str(total)], [total]
+    for _ in range(rng.randint(settings.min_numbers, settings.max_numbers) - 1):
+        steps = [step for step in range(-settings.largest, settings.largest + 1) if step and 0 <= total + step <= 99]
+        step = rng.choice(steps)
+        total += step
+        terms.append(f"{step:+d}")
+        totals.append(total)
+    return Chain(terms=terms, totals=totals)
+
+
+def distinct_chains(rng: random.Random, settings: Settings) -> Iterator[Chain]:
+    """Endless, none twice."""
+    seen: set[str] = set()
+    while True:
+        chain = random_chain(rng, settings)
+        if chain.problem not in seen:
+            seen.add(chain.problem)
+            yield chain
+
+
+def prepare(folder: Path, seed: int, force: bool, settings: Settings) -> None:
+    """Fills `folder` with train.jsonl, held_out.jsonl and model/. Held-out, training and demonstrated problems share none."""
+    chains = distinct_chains(random.Random(seed), settings)
+    held_out = [next(chains) for _ in range(settings.num_held_out)]
+    train = [next(chains) for _ in range(settings.num_train)]
+    decide = random.Random(f"habit {seed}")
+    demonstrations = [
+        next(chains).demonstration(direct=decide.random() < settings.direct_fraction) for _ in range(settings.num_demonstrations)
+    ]
+
+    def write() -> list[Path]:
+        return [
+            write_problems(folder / name, ((chain.problem, chain.answer) for chain in part))
+            for name, part in [("train.jsonl", train), ("held_out.jsonl", held_out)]
+        ]
+
+    def teach() -> list[Path]:
+        tokenizer = train_tokenizer((d.prompt + d.response for d in demonstrations[:2000]), settings.vocab_size)
+        config = model_config(
+            tokenizer, architecture="qwen3", hidden_size=settings.hidden_size, num_layers=settings.num_layers
+        )
+        model = new_model(config, seed)
+        loss = warm_start(
+            model, tokenizer, demonstrations, batch_size=settings.batch_size, learning_rate=settings.learning_rate, seed=seed
+        )
+        print(f"warm start: {model.num_parameters():,} parameters, loss {loss:.3f} nats per response token")
+        return [save_model(model, tokenizer, folder / "model")]
+
+    decided_by = {"seed": seed, **asdict(settings)}
+    built = run_stage(folder, "problems", decided_by, write, force=force)
+    print(f"problems: {len(train)} to train on, {len(held_out)} held out, {'written' if built else 'already there'}")
+    print(f"warm start: {len(demonstrations)} demonstrations, e.g. {demonstrations[0]}")
+    built = run_stage(folder, "model", decided_by, teach, force=built)
+    print(f"{folder / 'model'}: {'written' if built else 'already there'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="qurl prepare quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="also redo what is already there")
+    args = parser.parse_args(argv)
+    prepare(args.output_dir, args.seed, args.force, Settings())
+
+
+if __name__ == "__main__":
+    main()
