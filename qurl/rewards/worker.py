@@ -38,7 +38,7 @@ def main() -> None:
         config, sys.path[:] = connection.recv()
         try:
             score = _load(config)
-        except Exception as error:  # trust boundary: a module may raise anything while it is imported
+        except BaseException as error:  # trust boundary: a module may raise anything while it is imported
             text = str(error)
             connection.send(
                 text if text.startswith("reward.") else f"{KEY}={config.function!r} cannot be loaded: {_describe(error)}"
@@ -62,13 +62,14 @@ def _call(score: Score, response: str, prompt: Prompt) -> tuple[float | None, st
     start = time.perf_counter()
     try:
         value, error = score(response, prompt), None
-    except Exception as raised:  # trust boundary: a verifier may raise anything, and each is reported as an error
+    except BaseException as raised:  # trust boundary: a verifier may raise anything, even SystemExit; each is reported
         value, error = None, _describe(raised)
     return value, error, time.perf_counter() - start
 
 
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARACTERS]
+def _describe(error: BaseException) -> str:
+    """One line of bounded length."""
+    return " ".join(f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARACTERS].split())
 
 
 def _die_with_parent(parent: int) -> None:
