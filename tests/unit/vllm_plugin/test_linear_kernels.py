@@ -1,0 +1,127 @@
+"""Kernels of the linear layers against the formats' own arithmetic, without an engine."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+
+from qurl.quantization import FORMATS
+from qurl.vllm_plugin import compat
+from qurl.vllm_plugin.kernels import AmxInt8, Emulation, LayerShape, OneDnnInt8, scale_per_row, select_kernel, wire_of
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def loaded(kernel_class, partitions, columns, dtype, *, format="int8", with_bias=True, seed=0):
+    """A kernel that holds fused random matrices; with its layer and the wire tensors of each matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Module()
+    layer.bias = nn.Parameter(torch.randn(sum(partitions), generator=generator).to(dtype)) if with_bias else None
+    wires = [FORMATS[format].encode(torch.randn(rows, columns, generator=generator)) for rows in partitions]
+    shape = LayerShape(partitions=tuple(partitions), columns=columns, dtype=dtype, device=torch.device("cpu"))
+    kernel = kernel_class(shape) if kernel_class is not Emulation else Emulation(FORMATS[format], shape)
+    codes = torch.cat([wire["weight"] for wire in wires])
+    scale = torch.cat([scale_per_row(format, wire["weight_scale"], rows) for wire, rows in zip(wires, partitions, strict=True)])
+    kernel.load(layer, codes, scale)
+    return kernel, layer, wires, codes, scale
+
+
+def reference(format, x, wires, bias):
+    """What the format says, in float32 and in the activations' dtype."""
+    out = torch.cat([FORMATS[format].linear(x.float(), wire) for wire in wires], dim=-1)
+    return out if bias is None else out + bias.float()
+
+
+def ulp(values, dtype):
+    """Distance of neighbouring numbers of a dtype at these magnitudes."""
+    return values.abs().clamp(min=1e-3) * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 5, 33])
+@pytest.mark.parametrize("partitions,columns", [([80], 96), ([64, 32, 32], 128), ([7, 7], 13)])
+def test_onednn_int8_equals_the_reference(partitions, columns, num_tokens, dtype):
+    kernel, layer, wires, _, _ = loaded(OneDnnInt8, partitions, columns, dtype)
+    x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = reference("int8", x, wires, layer.bias)
+    # integer sums are exact; what remains is the order of three float32 products and one rounding to dtype
+    assert ((kernel.apply(layer, x, layer.bias).float() - expected).abs() <= 4 * ulp(expected, dtype) + 1e-6).all()
+
+
+@pytest.mark.skipif(not compat.amx_int8_usable(64, 64, torch.bfloat16), reason="needs AMX")
+@pytest.mark.parametrize("num_tokens", [1, 5, 33])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_amx_int8_equals_the_reference_up_to_exact_ties(num_tokens, with_bias):
+    kernel, layer, wires, codes, scale = loaded(AmxInt8, [64, 32], 128, torch.bfloat16, with_bias=with_bias)
+    x = torch.randn(num_tokens, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x_codes, x_scale = FORMATS["int8"].quantize_activations(x)
+    exact = x.double() / (x.double().abs().amax(dim=1, keepdim=True) / 127)
+    tied = (exact - exact.floor() - 0.5).abs() < 1e-5  # here, and only here, the kernel may choose the other code
+    expected = reference("int8", x, wires, layer.bias)
+    slack = (tied.double() @ codes.double().abs().T * x_scale.double() * scale.double().T).float()
+    out = kernel.apply(layer, x, layer.bias).float()
+    assert ((out - expected).abs() <= slack + 2 * ulp(expected, torch.bfloat16)).all()
+
+
+@pytest.mark.parametrize("format", ["fp8", "fp8_block"])
+@pytest.mark.parametrize("partitions,columns", [([64, 32, 32], 160), ([256, 130], 300)])
+def test_emulation_is_the_reference_for_each_fused_matrix(format, partitions, columns):
+    kernel, layer, wires, _, _ = loaded(Emulation, partitions, columns, torch.bfloat16, format=format)
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(kernel.apply(layer, x, layer.bias), reference(format, x, wires, layer.bias).bfloat16())
+
+
+INT8_KERNELS = [(OneDnnInt8, torch.float32), (OneDnnInt8, torch.bfloat16), (OneDnnInt8, torch.float16), (AmxInt8, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("kernel_class,dtype", INT8_KERNELS)
+@pytest.mark.parametrize("magnitude", [1.0, 1e-7])
+def test_read_back_finds_every_code_in_a_packed_layout(kernel_class, dtype, magnitude):
+    if kernel_class is AmxInt8 and not compat.amx_int8_usable(64, 64, dtype):
+        pytest.skip("needs AMX")
+    kernel, layer, _, _, _ = loaded(kernel_class, [64, 32], 1056, dtype)
+    wire = FORMATS["int8"].encode(magnitude * torch.randn(96, 1056, generator=torch.Generator().manual_seed(3)))
+    wire["weight"][0] = 0
+    kernel.load(layer, wire["weight"], wire["weight_scale"])
+    codes, scale = kernel.read_back(layer)
+    assert torch.equal(codes, wire["weight"]) and torch.equal(scale, wire["weight_scale"])
+
+
+@pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8])
+def test_a_second_load_replaces_weights_and_bias_in_the_same_storage(kernel_class):
+    if kernel_class is AmxInt8 and not compat.amx_int8_usable(64, 64, torch.bfloat16):
+        pytest.skip("needs AMX")
+    kernel, layer, _, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16, seed=0)
+    scale_address = kernel.scale.data_ptr()
+    fresh, fresh_layer, _, codes, scale = loaded(kernel_class, [64], 64, torch.bfloat16, seed=1)
+    layer.bias.data.copy_(fresh_layer.bias.data)
+    kernel.load(layer, codes, scale)
+    del codes, scale  # a kernel must not depend on tensors of the caller
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert torch.equal(kernel.apply(layer, x, layer.bias), fresh.apply(fresh_layer, x, fresh_layer.bias))
+    assert kernel.scale.data_ptr() == scale_address
+
+
+def test_amx_is_chosen_only_where_its_kernel_works():
+    shapes = [(80, 64, torch.bfloat16), (64, 48, torch.bfloat16), (64, 64, torch.float32), (64, 64, torch.float16)]
+    for rows, columns, dtype in shapes:
+        shape = LayerShape(partitions=(rows,), columns=columns, dtype=dtype, device=torch.device("cpu"))
+        assert isinstance(select_kernel(FORMATS["int8"], nn.Module(), shape), OneDnnInt8)
+
+
+def test_a_token_of_zeros_gives_the_bias():
+    for kernel_class in (OneDnnInt8, AmxInt8):
+        if kernel_class is AmxInt8 and not compat.amx_int8_usable(64, 64, torch.bfloat16):
+            continue
+        kernel, layer, _, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16)
+        out = kernel.apply(layer, torch.zeros(2, 64, dtype=torch.bfloat16), layer.bias)
+        assert torch.equal(out, layer.bias.expand(2, 64))
+
+
+@pytest.mark.parametrize("format,rows", [("int8", 5), ("fp8_block", 300), ("fp8_block", 128), ("fp8_block", 7)])
+def test_scales_per_row_turn_back_into_wire_scales(format, rows):
+    wire = FORMATS[format].encode(torch.randn(rows, 200, generator=torch.Generator().manual_seed(0)))
+    scale = scale_per_row(format, wire["weight_scale"], rows)
+    assert len(scale) == rows
+    assert torch.equal(wire_of(format, wire["weight"], scale)["weight_scale"], wire["weight_scale"])
