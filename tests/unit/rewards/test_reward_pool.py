@@ -225,9 +225,7 @@ HOSTILE = {
     "nested braces": r"\boxed{" + "{" * 500_000 + "}" * 500_001,
     "nested fractions": r"\boxed{" + r"\frac{1}{" * 3000 + "1" + "}" * 3001,
     "power tower": r"\boxed{9**9**9}",
-    "LaTeX power tower": r"\boxed{9^{9^{9^{9}}}}",
     "dollars": "$" * 1_000_000,
-    "NUL": "\0" * 1_000_000,
     "factorials": r"\boxed{" + "9" + "!" * 50 + "}",
 }
 
@@ -239,7 +237,7 @@ def test_hostile_text_costs_at_most_the_time_limit_and_is_never_right():
     assert (rewards[0].value, rewards[-1].value) == (1.0, 1.0)
     for name, reward in zip(HOSTILE, rewards[1:-1], strict=True):
         assert reward.value == 0.0 or reward.error is not None, name
-    assert time.monotonic() - start < 30  # 10 time limits and as many starts of a worker at worst
+    assert time.monotonic() - start < 30  # 8 time limits and as many starts of a worker at worst
 
 
 def test_a_busy_event_loop_is_not_taken_for_a_slow_verifier(behaviors):
@@ -289,19 +287,13 @@ def test_a_pool_whose_function_cannot_be_loaded_does_not_start():
     [
         (None, ["cannot import", "no file"]),
         ("def g(response, ground_truth): return 1.0", ["has no attribute 'f'"]),
-        ("def f(response, ground_truth) return 1.0", ["cannot import"]),
-        ("import no_such_module", ["cannot import"]),
         ("1 / 0", ["cannot be loaded", "ZeroDivisionError"]),
-        ("raise ValueError('reasons')", ["cannot be loaded", "reasons"]),
         ("import os; os._exit(5)", ["died (exit code 5)"]),
         ("import sys; sys.exit(5)", ["cannot be loaded", "SystemExit: 5"]),
-        ("f = 3", ["is a int, not a function"]),
         ("def f(response): return 1.0", ["signature (response)", "(response, ground_truth, **extra)"]),
         ("def f(response, ground_truth, year): return 1.0", ["TypeError", "year"]),
-        ("def f(response, ground_truth): return None", ["NoneType"]),
         ("def f(response, ground_truth): raise RuntimeError('no luck')", ["RuntimeError: no luck", "ground truth '2'"]),
         ("import time\ndef f(response, ground_truth): time.sleep(60)", ["timeout after 0.3 s"]),
-        ("async def f(response, ground_truth): return 1.0", ["coroutine"]),
         ("def f(prompts, completions, **columns): return [1.0]", ["list"]),
     ],
 )  # fmt: skip
