@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from qurl.cli.overrides import add_overrides, validated
 
@@ -17,7 +18,8 @@ def main(args: argparse.Namespace) -> int:
     config = validated(args.overrides)
     from qurl.plan import make_plan
 
-    make_plan(config)
+    for warning in make_plan(config).warnings:
+        print(f"note: {warning}", file=sys.stderr)
 
     from qurl.trainer.run import run
 

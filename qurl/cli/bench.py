@@ -1,0 +1,54 @@
+"""`qurl bench rollout|sync`: run a benchmark and print its rows."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One subcommand per benchmark; options left out take the benchmark's own defaults."""
+    parser.epilog = "Examples:\n  qurl bench rollout --shapes 0.4b --formats none int8 --batch-sizes 1 16\n  qurl bench sync --formats int8"
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    rollout = benchmarks.add_parser("rollout", help="decoding speed of each format, paired with full precision")
+    rollout.add_argument("--shapes", nargs="+", metavar="SHAPE")
+    rollout.add_argument("--batch-sizes", nargs="+", type=int, metavar="N")
+    sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
+    sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
+    for command in (rollout, sync):
+        command.add_argument("--formats", nargs="+", metavar="FORMAT", help="none, int8, fp8, fp8_block")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0. Raises ValueError for a shape, format or transport that does not exist."""
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "benchmark", "json") and v is not None}
+    if args.benchmark == "rollout":
+        from qurl.bench.rollout import run_rollout_bench
+
+        rows = [dataclasses.asdict(row) for row in run_rollout_bench(**options)]
+    else:
+        from qurl.bench.sync import run_sync_bench
+
+        rows = [dataclasses.asdict(row) for row in run_sync_bench(**options)]
+    _print(rows)
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
