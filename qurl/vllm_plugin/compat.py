@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from vllm import _custom_ops as ops
@@ -14,12 +16,26 @@ def has_weight_transfer_engine(name: str) -> bool:
     return name in WeightTransferEngineFactory._registry
 
 
-def full_output_rows(layer: LinearBase) -> int:
-    """Rows of the layer's weight over all tensor-parallel ranks, as they travel: replicated KV heads count once."""
+def full_output_sizes(layer: LinearBase) -> list[int]:
+    """Rows of each matrix that vLLM fuses in the layer, over all tensor-parallel ranks; replicated KV heads count once."""
     if isinstance(layer, QKVParallelLinear):
         value_size = getattr(layer, "v_head_size", layer.head_size)
-        return (layer.total_num_heads + layer.total_num_kv_heads) * layer.head_size + layer.total_num_kv_heads * value_size
-    return layer.output_size
+        key_value_sizes = [layer.total_num_kv_heads * layer.head_size, layer.total_num_kv_heads * value_size]
+        return [layer.total_num_heads * layer.head_size, *key_value_sizes]
+    return list(getattr(layer, "output_sizes", [layer.output_size]))
+
+
+def shard_index(tensor: Tensor, arguments: tuple[Any, ...]) -> int | None:
+    """Which of the fused matrices a weight loader was given, from its positional arguments or (0.32) the tensor; None: all."""
+    shard = arguments[0] if arguments else getattr(tensor, "shard_id", None)
+    return {"q": 0, "k": 1, "v": 2}[shard] if isinstance(shard, str) else shard
+
+
+def keep_shard(tensor: Tensor, source: Tensor) -> Tensor:
+    """`tensor` with the mark that 0.32's model loaders put on `source`."""
+    if hasattr(source, "shard_id"):
+        tensor.shard_id = source.shard_id
+    return tensor
 
 
 def vllm_parameter_name(model: nn.Module, hf_name: str) -> str | None:

@@ -15,8 +15,7 @@ from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from qurl.vllm_plugin.compat import full_output_rows, vllm_parameter_name
-from qurl.vllm_plugin.kernels import scale_per_row
+from qurl.vllm_plugin.compat import vllm_parameter_name
 from qurl.vllm_plugin.linear import QurlLinearMethod
 
 if TYPE_CHECKING:
@@ -49,8 +48,6 @@ class WeightInstaller:
         self._missing_rows = dict(self._expected)
         self._arrived: set[str] = set()
         self._staged: set[str] = set()
-        self._matrix_rows: dict[str, int] = {}  # Hugging Face module -> rows, known from its codes
-        self._early_scales: dict[str, Tensor] = {}  # block scales that came before their codes
 
     @torch.no_grad()
     def install(self, items: Mapping[str, Tensor]) -> None:
@@ -94,15 +91,7 @@ class WeightInstaller:
             self._load(name, target, tensor)
             return
         self._stage(module_name)
-        hf_module = name.rpartition(".")[0]
-        if leaf == "weight_scale":
-            self._early_scales[hf_module] = tensor.clone()
-        else:
-            self._load(name, target, self._checked(name, leaf, module_name, tensor))
-        if leaf == "weight":
-            self._matrix_rows[hf_module] = tensor.shape[0]
-        if hf_module in self._early_scales and hf_module in self._matrix_rows:
-            self._load_scale(module_name, hf_module)
+        self._load(name, target, self._checked(name, leaf, module_name, tensor))
         if all(self._missing_rows.get(f"{module_name}.{leaf}", 0) == 0 for leaf in ("weight", "weight_scale", "bias")):
             module = self.linears[module_name]
             module.quant_method.process_weights_after_loading(module)
@@ -115,11 +104,6 @@ class WeightInstaller:
         self._missing_rows[target] -= rows
         self._arrived.add(name)
 
-    def _load_scale(self, module_name: str, hf_module: str) -> None:
-        format_name = self.linears[module_name].quant_method.format.name
-        scale = scale_per_row(format_name, self._early_scales.pop(hf_module), self._matrix_rows[hf_module])
-        self._load(f"{hf_module}.weight_scale", f"{module_name}.weight_scale", scale)
-
     def _stage(self, module_name: str) -> None:
         if module_name not in self._staged:
             self._staged.add(module_name)
@@ -129,10 +113,11 @@ class WeightInstaller:
     def _checked(self, name: str, leaf: str, module_name: str, tensor: Tensor) -> Tensor:
         """The tensor as a fresh engine would hold it. Raises RuntimeError where it is not in the layer's format."""
         method = self.linears[module_name].quant_method
-        if leaf == "weight" and method.format.name != "none":
-            if tensor.dtype != method.code_dtype:
+        if method.format.name != "none" and leaf != "bias":
+            needed = method.code_dtype if leaf == "weight" else torch.float32
+            if tensor.dtype != needed:
                 raise RuntimeError(
-                    f"{name!r} came as {tensor.dtype}, but the engine holds {method.format.name} there, {method.code_dtype}; "
+                    f"{name!r} came as {tensor.dtype}, but the engine holds {method.format.name} there, {needed}; "
                     "learner and engines must use the same quantization.format and quantization.ignore"
                 )
             return tensor
@@ -150,9 +135,10 @@ class WeightInstaller:
             if isinstance(module, VocabParallelEmbedding) and f"{name}.weight" in expected:
                 expected[f"{name}.weight"] = module.org_vocab_size  # without vLLM's padding
         for name, module in self.linears.items():
-            leaves = ["weight"] if module.quant_method.format.name == "none" else ["weight", "weight_scale"]
-            leaves += ["bias"] if getattr(module, "bias", None) is not None else []
-            expected |= {f"{name}.{leaf}": full_output_rows(module) for leaf in leaves}
+            rows = module.quant_method.wire_rows()
+            if getattr(module, "bias", None) is not None:
+                rows["bias"] = rows["weight"]
+            expected |= {f"{name}.{leaf}": count for leaf, count in rows.items()}
         return expected
 
     def _read_back_one(self, hf_module: str) -> Tensor:

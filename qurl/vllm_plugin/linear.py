@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod, register_
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 from qurl.quantization.base import QuantizationFormat
+from qurl.vllm_plugin.compat import full_output_sizes, keep_shard, shard_index
 from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, row_block, scale_per_row, select_kernel, wire_of
 
 if TYPE_CHECKING:
@@ -51,9 +52,12 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """Stage the layer for the start-up checkpoint."""
+        sizes = full_output_sizes(layer)
+        self.full_sizes = sizes if len(sizes) == len(self.names) else [sum(sizes)]  # rows of each Hugging Face matrix
         self.loader = extra_weight_attrs["weight_loader"]
+        is_fused_here = len(self.names) == len(output_partition_sizes)  # else the checkpoint has it fused already
         self.shape = LayerShape(
-            partitions=tuple(output_partition_sizes),
+            partitions=tuple(output_partition_sizes) if is_fused_here else (sum(output_partition_sizes),),
             columns=input_size_per_partition,
             dtype=params_dtype,
             device=torch.get_default_device(),
@@ -113,6 +117,15 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         """Of the weight on the wire."""
         return self.config.format.encode(torch.zeros(1, 1))["weight"].dtype
 
+    def wire_rows(self) -> dict[str, int]:
+        """Rows that an update brings for each parameter of the weight, over all ranks and fused matrices."""
+        assert self.format is not None
+        rows = {"weight": sum(self.full_sizes)}
+        if self.format.name != "none":
+            block = row_block(self.format.name)
+            rows["weight_scale"] = sum(-(-size // block) for size in self.full_sizes)
+        return rows
+
     def _num_groups(self, columns: int) -> int:
         return self.config.format.encode(torch.zeros(1, columns))["weight_scale"].shape[1]
 
@@ -130,12 +143,19 @@ class QurlLinearMethod(UnquantizedLinearMethod):
     def _stage_matrix(self, layer: nn.Module, name: str, dtype: torch.dtype, columns: int) -> None:
         """Register an empty [O, columns] parameter that the model's loaders can fill."""
         data = torch.empty((self.shape.rows, columns), dtype=dtype, device=self.shape.device)
-        arguments = {"data": data, "output_dim": 0, "weight_loader": self.loader}
+        loader = self._load_scale if name == "weight_scale" else self.loader
+        arguments = {"data": data, "output_dim": 0, "weight_loader": loader}
         if name == "weight_scale" and self._num_groups(self.full_columns) == 1:
             parameter = ChannelQuantScaleParameter(**arguments)  # not divided over ranks with the columns
         else:
             parameter = ModelWeightParameter(input_dim=1, **arguments)
         layer.register_parameter(name, parameter)
+
+    def _load_scale(self, parameter: nn.Parameter, tensor: Tensor, *arguments: Any) -> None:
+        """Weight loader for wire scales: one row of scales per row of the matrix, so that they shard and fuse like the codes."""
+        shard = shard_index(tensor, arguments)
+        rows = sum(self.full_sizes) if shard is None else self.full_sizes[shard]
+        self.loader(parameter, keep_shard(scale_per_row(self.config.format.name, tensor, rows), tensor), *arguments)
 
     def _startup_codes(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Codes [O, I] and scales per row [O, groups] from the staged checkpoint."""
