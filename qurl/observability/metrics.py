@@ -105,7 +105,7 @@ METRICS: dict[str, str] = {
     "time/update_s": "forward, backward, optimizer",
     "time/sync_s": "weight update, first byte to last commit",
     "time/eval_s": "evaluation",
-    "time/checkpoint_s": "checkpoint",
+    "time/checkpoint_s": "writing the checkpoint of the iteration before",
     "time/idle_s": "the rest: orchestration",
 }
 """Every key an iteration may log. Evaluations add `eval/<dataset>/avg_at_k` and `eval/<dataset>/response_length_mean`."""

@@ -52,12 +52,14 @@ class RunLogger:
             self._wandb.log(step, metrics)
 
     def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A finished evaluation, keys eval/<dataset>/...; step: training iterations done before it, 0 at the start."""
+        """A finished evaluation, keys eval/<dataset>/...; step: training iterations done before it, 0 at the start.
+
+        wandb gets it with the metrics of the iteration before it; the one at the start, here."""
         for key in metrics:
             check_key(key)
         self._evaluations.append(step, metrics)
         self._console.log_eval(step, metrics)
-        if self._wandb:
+        if self._wandb and step == 0:
             self._wandb.log(step, metrics)
 
     def stage(self, name: str, done: int | None = None, total: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: <run>/checkpoints/step_NNNNNN/ and `latest`, written last.
 
-A checkpoint is written into a folder that no reader looks at, then renamed, then named by `latest`. Whatever ends the process on the
-way (kill -9, full disk), `latest` names a complete one."""
+A checkpoint is written into a folder that no reader looks at, then renamed, then named by `latest`. Whatever ends the process on
+the way (kill -9, full disk), `latest` names a complete one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Checkpoints:
             (self._dir / ".latest").replace(self._dir / "latest")
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise RuntimeError(f"checkpoint of step {step} was not written: {error}; the previous one is still the latest") from error
+            message = f"checkpoint of step {step} was not written: {error}; the previous one is still the latest"
+            raise RuntimeError(message) from error
         self._prune()
         return self._dir / name
 

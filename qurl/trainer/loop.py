@@ -1,7 +1,7 @@
 """The training loop: take a batch, train on it, publish the new weights.
 
-The same loop is synchronous or asynchronous; only the producer knows `max_staleness`. The loop task consumes batches, produces weight
-versions, waits for the pool, the learner and the interrupt, woken by whichever comes first."""
+The same loop is synchronous or asynchronous; only the producer knows `max_staleness`. The loop task consumes batches, produces
+weight versions, waits for the pool, the learner and the interrupt, woken by whichever comes first."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ class TrainingLoop:
             await self._publish(self.completed)
             if self.config.evaluation.at_start and self.completed == 0:
                 await self._evaluate()
+            self.timeline.begin_step(self.completed)
             for step in range(self.completed, self.config.num_steps):
                 await self._iteration(step)
                 if self.interrupt.is_set():
@@ -66,7 +67,6 @@ class TrainingLoop:
             raise
 
     async def _iteration(self, step: int) -> None:
-        self.timeline.begin_step(step)
         groups, batch = await self._rollouts(step)
         check_reward_errors(groups, self.config.reward.max_error_fraction)
         reports = [rollout_metrics(groups, version=step), self._pool_metrics(batch)]
@@ -76,9 +76,10 @@ class TrainingLoop:
         self.completed, self._untrained = step + 1, None
         self.log.record_rollouts(step, groups)
         evaluated = await self._evaluate() if self._due(self.config.evaluation.every_steps) else {}
-        if self._due(self.config.checkpoint.every_steps):
-            await self.checkpoint()
         self.log.log_step(step, reduce_metrics(reports) | evaluated | self.timeline.end_step())
+        self.timeline.begin_step(step + 1)
+        if self._due(self.config.checkpoint.every_steps):  # after the log: a step that a checkpoint counts is in metrics.jsonl
+            await self.checkpoint()
 
     async def _rollouts(self, step: int) -> tuple[list[ScoredGroup], Batch]:
         with self.timeline.span("rollout"):

@@ -172,7 +172,7 @@ def stop_token_ids(config: TrainConfig, tokenizer: Any) -> list[int]:
         eos = None
     found |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
     if not found and not config.rollout.stop_token_ids:
-        raise ConfigError(f"model.path={config.model.path!r}: neither its tokenizer nor its generation config names an end of sequence; "
+        raise ConfigError(f"model.path={config.model.path!r}: neither tokenizer nor generation config names an end of sequence; "
                           "set rollout.stop_token_ids")  # fmt: skip
     return sorted(found)
 

@@ -38,7 +38,7 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
-            raise ConfigError(f"run_name={self.path.name}: another process trains in {self.path}; choose another run_name") from error
+            raise ConfigError(f"run_name={self.path.name}: another process trains in {self.path}; use another run_name") from error
         self._refuse_other_config()
         (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
         return self

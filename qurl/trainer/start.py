@@ -20,7 +20,6 @@ from qurl.rewards import RewardPool
 from qurl.rollout.actor import start_engine_actor
 from qurl.rollout.pool import RolloutPool
 
-
 logger = logging.getLogger(__name__)
 
 

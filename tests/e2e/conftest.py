@@ -1,0 +1,63 @@
+"""What the end-to-end tests share: a tiny model, toy problems and a way to run the command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """A folder with `tiny/` (a random two-layer model) and `sums.jsonl`."""
+    from qurl.warmstart.model import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("workspace")
+    make_tiny_model(folder / "tiny", seed=0)
+    random.seed(0)
+    rows = [{"problem": f"{a}+{b}=", "answer": str(a + b)} for a, b in ((random.randint(0, 9), random.randint(0, 9)) for _ in range(40))]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """`qurl` started in the workspace; every process carries a mark, so that tests find its children and nobody else's."""
+
+    folder: Path
+    mark: str
+
+    def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "QURL_TEST_MARK": self.mark, **env}
+        return subprocess.Popen([sys.executable, "-m", "qurl.cli.main", *args], cwd=self.folder, env=environment, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+    def run(self, *args: str, **env: str) -> tuple[int, str]:
+        process = self.start(*args, **env)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    def train(self, name: str, *overrides: str) -> tuple[str, ...]:
+        """Arguments of a run of a few seconds whose rewards vary."""
+        reward = Path(__file__).parent / "rewards" / "token_parity.py"
+        return (
+            "train", f"run_name={name}", "model.path=tiny", "data.train.path=sums.jsonl", "data.max_prompt_tokens=16",
+            "quantization=int8", "rollout.num_prompts_per_step=4", "rollout.num_samples_per_prompt=4",
+            "rollout.max_response_tokens=24", f"reward.function={reward}:score", "learner.learning_rate=1e-3",
+            "learner.num_mini_batches=2", "checkpoint.every_steps=1", "num_steps=4", *overrides,
+        )  # fmt: skip
+
+    def metrics(self, name: str) -> list[dict[str, float]]:
+        lines = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def command_line(workspace, request) -> CommandLine:
+    return CommandLine(folder=workspace, mark=request.node.name)
