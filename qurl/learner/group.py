@@ -6,6 +6,7 @@ one rank fails the others may hang in a collective without it, so the first fail
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ class LearnerRank:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def pid(self) -> int:
+        """Process id on its node."""
+        return os.getpid()
 
     def start(self, configs: Sequence[Any], options: dict[str, Any]) -> None:
         """Build the Learner."""
@@ -150,7 +155,7 @@ class LearnerGroup:
             errors = [error for task in tasks if task.done() and (error := task.exception())]
             for task in tasks:
                 task.cancel()
-            raise _cause(errors)
+            raise _cause(errors) from errors[0]  # whose text is the traceback in the rank
         return [task.result() for task in tasks]
 
 
