@@ -11,9 +11,9 @@ def main(report: str, extras: str, *excluded: str) -> None:
     packages = [entry["metadata"] for entry in json.loads(Path(report).read_text())["install"]]
     pins = {re.sub(r"[-_.]+", "-", p["name"]).lower(): p["version"] for p in packages}
     named = " and ".join(f"`{extra}`" for extra in extras.split(","))
-    print(f"# Full lock of the {named} extras; installed with --no-deps. Made by `make lock`.")
-    for name in sorted(pins.keys() - {"qurl", *excluded}):
-        print(f"{name}=={pins[name]}")
+    lines = [f"# Full lock of the {named} extras; installed with --no-deps. Made by `make lock`."]
+    lines += [f"{name}=={pins[name]}" for name in sorted(pins.keys() - {"qurl", *excluded})]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand per benchmark; options left out take the benchmark's own defaults."""
-    parser.epilog = "Examples:\n  qurl bench rollout --shapes 0.4b --formats none int8 --batch-sizes 1 16\n  qurl bench sync --formats int8"
+    parser.epilog = "Examples:\n  qurl bench rollout --formats none int8 --batch-sizes 1 16\n  qurl bench sync --formats int8"
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     rollout = benchmarks.add_parser("rollout", help="decoding speed of each format, paired with full precision")
     rollout.add_argument("--shapes", nargs="+", metavar="SHAPE")

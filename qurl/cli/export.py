@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
     parser.add_argument("--format", default="none", help="none, int8, fp8 or fp8_block; vLLM serves the result as it is")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
-    parser.epilog = "Examples:\n  qurl export runs/quickstart quickstart-int8 --format int8\n  qurl export models/qwen out --format fp8"
+    parser.epilog = "Examples:\n  qurl export runs/quickstart out --format int8\n  qurl export models/qwen out --format fp8"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,16 +45,23 @@ async def _export_run(run_dir: Path, out: Path) -> None:
 
     from qurl.config.compose import load_config
     from qurl.config.placement import place
+    from qurl.learner.group import LearnerGroup
     from qurl.trainer.checkpoint import Checkpoints
-    from qurl.trainer.start import make_learner, start_ray
+    from qurl.trainer.start import start_ray
 
     config = load_config(run_dir / "config.yaml")
     checkpoint = Checkpoints(run_dir, config.checkpoint.keep_last).latest()
     if checkpoint is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet; train until checkpoint.every_steps, or stop the run once with Ctrl-C")
+    placement = place(config)
     start_ray(config)
     try:
-        learner = make_learner(config, place(config), run_dir)
+        learner = LearnerGroup(
+            config.model, config.learner, config.algorithm, config.quantization, config.sync,
+            device=placement.device, threads=placement.learner_threads, seed=config.seed,
+            temperature=config.rollout.temperature, engine_dtype="bfloat16",
+            ray_options={"num_gpus": placement.gpus_per_rank},
+        )  # fmt: skip
         await learner.start()
         await learner.load_checkpoint(checkpoint.resolve())
         await learner.export_hf(out.resolve())

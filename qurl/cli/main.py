@@ -67,7 +67,12 @@ def _parser(argv: list[str]) -> argparse.Namespace:
         )
         if name in argv:
             importlib.import_module(f"qurl.cli.{name}").add_arguments(command)
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides") and not any(text.startswith("-") for text in rest):
+        args.overrides += rest  # argparse takes positional arguments only in one run, not before and after an option
+    elif rest:
+        parser.error(f"unknown argument {rest[0]!r}")
+    return args
 
 
 class _Parser(argparse.ArgumentParser):

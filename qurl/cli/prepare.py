@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from qurl.errors import ConfigError
 
@@ -21,7 +22,7 @@ def main(args: argparse.Namespace) -> int:
 
     if args.recipe not in _recipes():
         raise ConfigError(f"no recipe {args.recipe!r} can be prepared; use one of {', '.join(_recipes())}")
-    prepare = resolve({}, f"{assets_dir('recipes') / args.recipe / 'prepare.py'}:main", "recipe")
+    prepare: Callable[[list[str]], int | None] = resolve({}, f"{assets_dir('recipes') / args.recipe / 'prepare.py'}:main", "recipe")
     return prepare(args.arguments) or 0
 
 

@@ -21,7 +21,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -56,7 +56,7 @@ def compose(overrides: Sequence[str]) -> TrainConfig:
     assert isinstance(config, TrainConfig)
     chosen = config.quantization
     if type(chosen) is not SCHEMAS.get(chosen.format):
-        raise ConfigError(f"quantization.format={chosen.format} does not go with the chosen option; use quantization={chosen.format}")
+        raise ConfigError(f"quantization.format={chosen.format} is another option's; use quantization={chosen.format}")
     return config
 
 
@@ -130,7 +130,7 @@ def _store_recipe(path: Path) -> str:
         content = OmegaConf.load(path)
     except (OSError, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe={path} cannot be read: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(content):
+    if not isinstance(content, DictConfig):
         raise ConfigError(f"recipe={path} is not a mapping of configuration keys")
     if OmegaConf.select(content, "quantization.format") is not None:  # a resolved configuration; the option carries the format
         option = content.quantization.pop("format")

@@ -43,6 +43,8 @@ class ModelFacts:
 def read_model_facts(config: ModelConfig) -> ModelFacts:
     """Facts of model.path, a folder or a hub name. Raises ConfigError where it cannot be read or trained."""
     _check_path(config.path)
+    if not Path(config.path).expanduser().is_dir():
+        _check_hub(config)
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -78,8 +80,25 @@ def _check_path(path: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model.path={path} is a folder without config.json; give one that a Hugging Face model was saved to")
-    elif folder.exists() or path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
+        return
+    if folder.exists() or path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
         raise ConfigError(f"model.path={path} does not exist; `qurl prepare NAME` makes the model of a recipe, or give a hub name")
+
+
+def _check_hub(config: ModelConfig) -> None:
+    """Ask the hub once, unless the model is cached; transformers would retry for most of a minute."""
+    from httpx import HTTPError
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(config.path, "config.json", revision=config.revision), str):
+        return
+    try:
+        HfApi().model_info(config.path, revision=config.revision, timeout=20)
+    except (OSError, HTTPError) as error:
+        raise ConfigError(
+            f"model.path={config.path} is no folder here and the hub does not give it ({_first_line(error)}); "
+            "`qurl prepare NAME` makes the model of a recipe"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
