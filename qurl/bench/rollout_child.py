@@ -1,0 +1,77 @@
+"""The measuring process of qurl.bench.rollout: reads a job on standard input, writes seconds.json into the folder it is given."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+
+from qurl.bench.rollout import STOCK
+from qurl.bench.rollout_shapes import write_models
+from qurl.vllm_plugin import engine_args
+
+PROMPT_TOKENS = 8
+WARM_UP_STEPS = 4
+KV_CACHE_BYTES = 1 << 29
+
+
+def main(folder: Path, job: dict[str, Any]) -> None:
+    """Measure every batch size and write, for each, format -> seconds of each round."""
+    paths = write_models(job["shape"], job["formats"], STOCK, folder)
+    engines = {name: build_engine(name, path, job["enforce_eager"]) for name, path in paths.items()}
+    seconds = [measure(engines, size, job["num_rounds"], job["steps_per_round"]) for size in job["batch_sizes"]]
+    (folder / "seconds.json").write_text(json.dumps(seconds))
+
+
+def build_engine(name: str, path: Path, enforce_eager: bool) -> LLMEngine:
+    """An in-process engine with the arguments of a rollout worker."""
+    plugin = {} if name.startswith(STOCK) else engine_args(name)
+    arguments = EngineArgs(
+        model=str(path), dtype="bfloat16", skip_tokenizer_init=True, generation_config="vllm", logprobs_mode="processed_logprobs",
+        enforce_eager=enforce_eager, max_model_len=2048, kv_cache_memory_bytes=KV_CACHE_BYTES, enable_prefix_caching=False,
+        disable_log_stats=True, use_tqdm_on_load=False, **plugin,
+    )  # fmt: skip
+    return LLMEngine.from_engine_args(arguments)
+
+
+def measure(engines: dict[str, LLMEngine], batch_size: int, num_rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds that `steps` decode steps of a full batch take, for each round; engines take turns, forwards then backwards."""
+    requests = {name: start_requests(engine, batch_size, num_rounds * steps) for name, engine in engines.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for round_index in range(num_rounds):
+        for name in list(engines)[:: 1 if round_index % 2 == 0 else -1]:
+            started = time.perf_counter()
+            for _ in range(steps):
+                engines[name].step()
+            seconds[name].append(time.perf_counter() - started)
+    for name, engine in engines.items():
+        if engine.get_num_unfinished_requests() != batch_size:
+            raise RuntimeError(f"{name} ran out of requests while it was measured")
+        engine.abort_request(requests[name])
+        while engine.has_unfinished_requests():
+            engine.step()
+    return seconds
+
+
+def start_requests(engine: LLMEngine, batch_size: int, num_steps: int) -> Sequence[str]:
+    """Fill the batch and decode until every request is past its prompt."""
+    names = [f"{batch_size}-{index}" for index in range(batch_size)]
+    for index, name in enumerate(names):
+        sampling = SamplingParams(
+            temperature=1.0, seed=index, logprobs=0, max_tokens=num_steps + 4 * WARM_UP_STEPS, ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        engine.add_request(name, {"prompt_token_ids": [(index + position) % 500 for position in range(PROMPT_TOKENS)]}, sampling)
+    for _ in range(WARM_UP_STEPS):
+        engine.step()
+    return names
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.stdin.read()))
