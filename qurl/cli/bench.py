@@ -32,13 +32,24 @@ def main(args: argparse.Namespace) -> int:
 
         rows = [dataclasses.asdict(row) for row in run_rollout_bench(**options)]
     else:
-        from qurl.bench.sync import run_sync_bench
-
-        rows = [dataclasses.asdict(row) for row in run_sync_bench(**options)]
+        rows = _sync_rows(options)
     _print(rows)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
     return 0
+
+
+def _sync_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The weight stream runs between Ray actors, so a local Ray is started around it."""
+    import ray
+
+    from qurl.bench.sync import run_sync_bench
+
+    ray.init(address="local", include_dashboard=False, logging_level="ERROR")
+    try:
+        return [dataclasses.asdict(row) for row in run_sync_bench(**options)]
+    finally:
+        ray.shutdown()
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,17 +88,18 @@ def _check_path(path: str) -> None:
 
 
 def _check_hub(config: ModelConfig) -> None:
-    """Ask the hub once, unless the model is cached; transformers would retry for most of a minute."""
-    from httpx import HTTPError
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    """The hub answers at all, or the model is cached; transformers would retry for most of a minute before it says so."""
+    from huggingface_hub import constants, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(config.path, "config.json", revision=config.revision), str):
         return
     try:
-        HfApi().model_info(config.path, revision=config.revision, timeout=20)
-    except (OSError, HTTPError) as error:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=20).close()
+    except urllib.error.HTTPError:
+        return  # it answers; what it thinks of the name comes out when the model is read
+    except OSError as error:
         raise ConfigError(
-            f"model.path={config.path} is no folder here and the hub does not give it ({_first_line(error)}); "
+            f"model.path={config.path} is no folder here, and the hub cannot be reached ({_first_line(error)}); "
             "`qurl prepare NAME` makes the model of a recipe"
         ) from error
 
