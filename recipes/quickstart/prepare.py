@@ -1,8 +1,8 @@
 """Makes the quickstart's problems and its warm-started model.
 
 The problems are chains of additions and subtractions, "7+5-9+3". The demonstrations show two habits: most blurt the answer out,
-which a model this small gets mostly wrong; the others work from left to right and are right. Greedy decoding of the warm-started
-model follows the common habit. Reinforcement learning is told only which answers were right, and has to find out that working pays."""
+which a model this small mostly gets wrong; the others work from left to right and are right. Greedy decoding of the warm-started
+model follows the common habit. Reinforcement learning is told only which answers were right and has to find out that work pays."""
 
 from __future__ import annotations
 
@@ -59,8 +59,9 @@ class Chain:
 
     def demonstration(self, direct: bool) -> Demonstration:
         """Direct: "#### 3". Else "7+5=12-9=3", then "#### 3" on a line of its own."""
-        work = "" if direct else self.terms[0] + "".join(f"{t}={n}" for t, n in zip(self.terms[1:], self.totals[1:], strict=True)) + "\n"
-        return Demonstration(prompt=f"{self.problem}=", response=f"{work}#### {self.answer}")
+        steps = zip(self.terms[1:], self.totals[1:], strict=True)
+        work = self.terms[0] + "".join(f"{term}={total}" for term, total in steps) + "\n"
+        return Demonstration(prompt=f"{self.problem}=", response=f"{'' if direct else work}#### {self.answer}")
 
 
 def random_chain(rng: random.Random, settings: Settings) -> Chain:
@@ -116,10 +117,9 @@ def prepare(folder: Path, seed: int, force: bool, settings: Settings) -> None:
 
     decided_by = {"seed": seed, **asdict(settings)}
     built = run_stage(folder, "problems", decided_by, write, force=force)
-    print(f"problems: {len(train)} to train on, {len(held_out)} held out, {'written' if built else 'already there'}")
-    print(f"warm start: {len(demonstrations)} demonstrations, e.g. {demonstrations[0]}")
+    print(f"problems: {len(train)} to train on, {len(held_out)} held out, {'written' if built else 'already there'}", flush=True)
     built = run_stage(folder, "model", decided_by, teach, force=built)
-    print(f"{folder / 'model'}: {'written' if built else 'already there'}")
+    print(f"model: {folder / 'model'} {'written' if built else 'already there'}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
