@@ -60,9 +60,11 @@ def test_every_epoch_sees_every_sequence_once():
 
 
 def test_a_few_steps_teach_a_fixed_answer_and_repeat_bit_for_bit(tokenizer):
-    demonstrations = [Demonstration(prompt=f"{n}+1=", response=f"#### {n + 1}") for n in range(8)] * 20
+    demonstrations = [Demonstration(prompt=f"{n}+1=", response=f"#### {n + 1}") for n in range(4)] * 4
     models = [tiny(tokenizer) for _ in range(2)]
-    losses = [warm_start(model, tokenizer, demonstrations, batch_size=16, num_epochs=4, seed=5) for model in models]
+    losses = [
+        warm_start(model, tokenizer, demonstrations, batch_size=8, num_epochs=15, learning_rate=1e-2, seed=5) for model in models
+    ]
     assert losses[0] == losses[1] < 0.1
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
