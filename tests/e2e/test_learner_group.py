@@ -17,7 +17,7 @@ from qurl.sync import WeightReceiver, publish
 CASES = Path(__file__).parents[1] / "unit" / "learner"
 sys.path.insert(0, str(CASES))
 
-from learner_cases import build_model, build_samples
+from learner_cases import build_model, build_samples  # noqa: E402
 
 pytestmark = pytest.mark.e2e
 
