@@ -23,3 +23,8 @@ class RolloutConfig:
     engine_args: dict[str, Any] = field(default_factory=dict)  # handed to vLLM under vLLM's names
     engine_timeout_s: float = 300.0  # an engine that returns no token for so long is replaced
     max_engine_restarts: int = 10  # over the run; then it stops
+
+    @property
+    def dtype(self) -> str:
+        """vLLM's dtype of what is not quantized: engine_args.dtype, bfloat16 where it is not given."""
+        return self.engine_args.get("dtype", "bfloat16")

@@ -125,6 +125,10 @@ class LearnerGroup:
         """Stream all weights to the engines as `version`; full: whole tensors only. Raises SyncError, LearnerDied."""
         return merge_send_reports(await self._call_all("send_weights", version, list(engines), full))
 
+    async def decoded_weights(self, start: int, count: int) -> dict[str, Any]:
+        """Linear modules as engines must hold them, decoded; see Learner."""
+        return (await self._call_all("decoded_weights", start, count))[0]
+
     async def save_checkpoint(self, folder: Path) -> None:
         """Every rank writes its part into `folder`, which all nodes must see."""
         await self._call_all("save_checkpoint", folder)

@@ -234,6 +234,14 @@ class Learner:
             for _ in tensors:  # after an error, still take part in gathering, or the other ranks would wait forever
                 pass
 
+    def decoded_weights(self, start: int, count: int) -> dict[str, Tensor]:
+        """What an engine must hold after send_weights: `count` linear modules from position `start` on, going round, decoded to
+        float32. All ranks call it; each returns all of them."""
+        names = linear_names(self.model)
+        chosen = {names[(start + i) % len(names)] for i in range(min(count, len(names)))}
+        weights = ((name.removesuffix(".weight"), weight) for name, weight in iter_all_weights(self.model))
+        return {module: self._sender.decoded(module, weight) for module, weight in weights if module in chosen}
+
     def save_checkpoint(self, folder: Path) -> None:
         """Write weights, optimizer, schedule and random states; every rank writes its part."""
         folder = Path(folder)

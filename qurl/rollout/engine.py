@@ -1,11 +1,12 @@
 """One vLLM engine with a thread of its own.
 
-vLLM's `LLMEngine` runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0): start-up takes seconds less than `AsyncLLM`, which always
-adds two processes, weight buckets reach the model without another copy, and "pause" is simply not to call `step()`. One thread
-owns the engine; everybody else hands it work through a queue and gets a future. Between two steps it takes what is queued, so
-requests join the running batch at once (continuous batching).
+vLLM's `LLMEngine` runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). `AsyncLLM` would always add two processes: ten seconds
+more to start, and another copy of every weight bucket. Here "pause" is simply not to call `step()`. One thread owns the engine;
+everybody else hands it work through a queue and gets a future. Between two steps it takes what is queued, so requests join the
+running batch at once (continuous batching).
 
-Engine thread: consumes queued calls and sampled tokens, produces futures, waits for a call when nothing is running, woken by the queue."""
+Engine thread: consumes queued calls and sampled tokens, produces futures, waits for a call when nothing is running, woken by the
+queue."""
 
 from __future__ import annotations
 
@@ -73,9 +74,8 @@ class RolloutEngine:
         self._busy_since: float | None = None
         self._stopping = False
         started: Future[None] = Future()
-        self._thread = threading.Thread(
-            target=self._run, args=(started, model, rollout, quantization, max_model_len, seed), name=f"engine-{engine_id}", daemon=True
-        )
+        arguments = (started, model, rollout, quantization, max_model_len, seed)
+        self._thread = threading.Thread(target=self._run, args=arguments, name=f"engine-{engine_id}", daemon=True)
         self._thread.start()
         started.result()
 
@@ -178,7 +178,8 @@ class RolloutEngine:
             for index, seed in enumerate(request.seeds):
                 self._num_requests += 1
                 name = str(self._num_requests)
-                self._engine.add_request(name, {"prompt_token_ids": request.token_ids}, self._sampling_params(request.sampling, seed))
+                params = self._sampling_params(request.sampling, seed)
+                self._engine.add_request(name, {"prompt_token_ids": request.token_ids}, params)
                 self._samples[name] = (request.request_id, index)
         except BaseException:
             self._drop(request.request_id)

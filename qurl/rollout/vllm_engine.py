@@ -32,7 +32,7 @@ def build_engine(
     taken = CONTROLLED_ARGS & set(rollout.engine_args)
     if taken:
         raise ValueError(f"rollout.engine_args.{sorted(taken)[0]} is set by qurl itself; remove it")
-    defaults: dict[str, Any] = {"max_model_len": max_model_len, "disable_log_stats": True}
+    defaults: dict[str, Any] = {"max_model_len": max_model_len, "disable_log_stats": True, "dtype": rollout.dtype}
     if not torch.cuda.is_available():
         defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
     args = EngineArgs(

@@ -127,6 +127,12 @@ class WeightSender:
         self._previous_version = version
         return self._report(progress)
 
+    def decoded(self, module: str, weight: Tensor) -> Tensor:
+        """What an engine holds of a module's weight once it was sent, decoded; float32 on the CPU."""
+        if module in self._targets:
+            return self._format.decode(self._format.encode(weight.detach().float())).float().cpu()
+        return weight.detach().to(self._wire_dtype).float().cpu()
+
     # ---- encoding ---------------------------------------------------------------------------------------------------
 
     def _buckets(

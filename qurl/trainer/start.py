@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qurl.observability.run_logger import RunLogger
 from qurl.rewards import RewardPool
 from qurl.rollout.actor import start_engine_actor
 from qurl.rollout.pool import RolloutPool
+from qurl.sync.transports import AUTO, choose_transport
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +73,23 @@ def _learner(config: TrainConfig, placement: Placement, run_dir: Path) -> Learne
         config.learner,
         config.algorithm,
         config.quantization,
-        config.sync,
+        replace(config.sync, transport=_transport(config, placement)),
         device=placement.device,
         temperature=config.rollout.temperature,
-        engine_dtype=config.rollout.engine_args.get("dtype", "bfloat16"),
+        engine_dtype=config.rollout.dtype,
         threads=placement.learner_threads,
         seed=config.seed,
         failure_dir=run_dir / "failures",
         ray_options={"num_gpus": placement.gpus_per_rank},
     )
+
+
+def _transport(config: TrainConfig, placement: Placement) -> str:
+    """sync.transport, auto resolved for where engines and ranks are. Worker processes of a tensor-parallel engine on the CPU are
+    no Ray workers, so they cannot read its object store."""
+    if config.sync.transport == AUTO and placement.device == "cpu" and config.rollout.tensor_parallel_size > 1:
+        return "shared_memory"
+    return choose_transport(config.sync.transport, device=placement.device, colocate=config.cluster.colocate)
 
 
 def _start_engine(config: TrainConfig, placement: Placement, engine_id: str) -> Any:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from qurl.config import SyncConfig
 from qurl.learner.group import LearnerGroup
 from qurl.observability.metrics import Metric
 from qurl.rollout.pool import RolloutPool
 from qurl.sync.publisher import publish
+
+logger = logging.getLogger(__name__)
 
 
 class PublishedWeights:
@@ -30,12 +35,30 @@ class PublishedWeights:
 
     async def publish(self, version: int) -> dict[str, Metric]:
         """Send the learner's weights to every engine as `version`; the caller holds the lock. Engines that reject are replaced."""
-        report = await publish(version, self._learner, self._pool.handles, config=self._config)
+        handles = self._pool.handles
+        report = await publish(version, self._learner, handles, config=self._config)
+        failed = report.failed_engines + await self._audit(version, [h for h in handles if h not in report.failed_engines])
         async with self.changed:
             self.version = version
             self.changed.notify_all()
-        self._pool.mark_ready(report.failed_engines)
+        self._pool.mark_ready(failed)
         return report.metrics
+
+    async def _audit(self, version: int, engines: list[Any]) -> list[Any]:
+        """Decode what the engines really hold of sync.audit_layers matrices, other ones after every update, and compare with what
+        the learner sent. Returns the engines that hold something else."""
+        count = self._config.audit_layers
+        if not count:
+            return []
+        expected = await self._learner.decoded_weights(version * count, count)
+        failed = []
+        for engine in engines:
+            held = await engine.read_back.remote(list(expected))
+            wrong = [name for name, weight in expected.items() if not torch.equal(held[name], weight)]
+            if wrong:
+                logger.error("audit: after update %d an engine holds other weights than were sent: %s", version, ", ".join(wrong))
+                failed.append(engine)
+        return failed
 
     async def refresh(self, engine: Any, adopt: Callable[[], None]) -> None:
         """Bring one new engine to the published version. Raises RuntimeError where it rejects it."""

@@ -50,7 +50,7 @@ class CommandLine:
             "train", f"run_name={name}", "model.path=tiny", "data.train.path=sums.jsonl", "data.max_prompt_tokens=16",
             "quantization=int8", "rollout.num_prompts_per_step=4", "rollout.num_samples_per_prompt=4",
             "rollout.max_response_tokens=24", f"reward.function={reward}:score", "learner.learning_rate=1e-3",
-            "learner.num_mini_batches=2", "checkpoint.every_steps=1", "num_steps=4", *overrides,
+            "learner.num_mini_batches=2", "checkpoint.every_steps=1", "sync.audit_layers=3", "num_steps=4", *overrides,
         )  # fmt: skip
 
     def metrics(self, name: str) -> list[dict[str, float]]:
