@@ -59,7 +59,7 @@ async def _export_run(run_dir: Path, out: Path) -> None:
         learner = LearnerGroup(
             config.model, config.learner, config.algorithm, config.quantization, config.sync,
             device=placement.device, threads=placement.learner_threads, seed=config.seed,
-            temperature=config.rollout.temperature, engine_dtype="bfloat16",
+            temperature=config.rollout.temperature, engine_dtype=config.rollout.dtype,
             ray_options={"num_gpus": placement.gpus_per_rank},
         )  # fmt: skip
         await learner.start()

@@ -115,6 +115,8 @@ def _rollout(config: RolloutConfig) -> None:
     _positive("rollout.", config, "temperature", "engine_timeout_s")
     _require(0 < config.top_p <= 1, "rollout.top_p", config.top_p, "a number in (0, 1]")
     _require(config.top_k == -1 or config.top_k >= 1, "rollout.top_k", config.top_k, "-1 (all tokens) or a number >= 1")
+    dtypes = ("bfloat16", "float16", "float32")
+    _require(config.dtype in dtypes, "rollout.engine_args.dtype", config.dtype, f"one of {', '.join(dtypes)}")
     _require(min(config.stop_token_ids, default=0) >= 0, "rollout.stop_token_ids", config.stop_token_ids, "token ids >= 0")
 
 

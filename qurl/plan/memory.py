@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from qurl.config.learner import LearnerDtype
 from qurl.config.run import TrainConfig
@@ -17,7 +16,7 @@ from qurl.quantization import FORMATS
 from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
 
-DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
 PROCESS_BYTES = 800 << 20
@@ -60,17 +59,9 @@ class EngineMemory:
         return self.kv_per_sequence * self.num_sequences
 
 
-def engine_dtype(engine_args: dict[str, Any], model: ModelFacts) -> str:
-    """What the engine computes in: engine_args.dtype, else as vLLM's auto: float32 checkpoints run in bfloat16."""
-    asked = str(engine_args.get("dtype", "auto"))
-    if asked != "auto":
-        return asked
-    return "bfloat16" if model.dtype == "float32" else model.dtype
-
-
 def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) -> int:
     """Bytes of one full weight update, which are also the bytes of the engine's weights."""
-    plain = DTYPE_BYTES.get(engine_dtype(config.rollout.engine_args, model), 2)
+    plain = DTYPE_BYTES[config.rollout.dtype]
     bits_per_weight = FORMATS[config.quantization.format].bits_per_weight
     total = 0.0
     for name, shape in model.parameters.items():
@@ -116,7 +107,7 @@ def engine_memory(
     """One GPU of an engine (or the engine on a CPU) that has `samples` responses of `longest` tokens to sample."""
     rollout, arguments = config.rollout, config.rollout.engine_args
     size = rollout.tensor_parallel_size
-    values = 1 if "fp8" in str(arguments.get("kv_cache_dtype", "")) else DTYPE_BYTES.get(engine_dtype(arguments, model), 2)
+    values = 1 if "fp8" in str(arguments.get("kv_cache_dtype", "")) else DTYPE_BYTES[rollout.dtype]
     pool = arguments.get("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES if device == "cpu" else None)
     return EngineMemory(
         weights=weight_bytes // size,

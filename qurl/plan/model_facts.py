@@ -30,7 +30,6 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int | None
-    dtype: str  # of the checkpoint: "bfloat16", "float32", ...
 
     @property
     def num_parameters(self) -> int:
@@ -73,7 +72,6 @@ def read_model_facts(config: ModelConfig) -> ModelFacts:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
         max_position_embeddings=getattr(text, "max_position_embeddings", None),
-        dtype=str(getattr(found, "dtype", None) or "float32").removeprefix("torch."),
     )
 
 

@@ -35,6 +35,7 @@ REFUSED = [
     ("rollout.max_staleness=-1", "rollout.max_staleness"),
     ("rollout.num_engines=0", "rollout.num_engines"),
     ("rollout.stop_token_ids=[-5]", "rollout.stop_token_ids"),
+    ("rollout.engine_args.dtype=auto", "rollout.engine_args.dtype"),
     ("learner.zero_stage=4", "learner.zero_stage"),
     ("learner.learning_rate=0", "learner.learning_rate"),
     ("learner.adam_betas=[0.9]", "learner.adam_betas"),
