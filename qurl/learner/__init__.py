@@ -1,7 +1,6 @@
-"""DeepSpeed training of the full-precision policy, and the source of the weight stream."""
+"""DeepSpeed training of the full-precision policy, and the source of the weight stream.
 
-from qurl.learner.group import LearnerDied, LearnerGroup
-from qurl.learner.learner import Learner, NonFiniteLoss, StepResult
-from qurl.learner.splitting import split_for_ranks
+    LearnerGroup (group.py)  all ranks, seen from the driver; imports no deepspeed
+    Learner (learner.py)     one rank, in its own process
 
-__all__ = ["Learner", "LearnerDied", "LearnerGroup", "NonFiniteLoss", "StepResult", "split_for_ranks"]
+Importing this package imports neither."""

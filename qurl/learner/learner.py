@@ -20,6 +20,7 @@ from torch import Tensor, distributed, nn
 
 from qurl.algorithms import CORRECTIONS, POLICY_LOSSES, PolicyLossInputs, kl_penalty, token_weights
 from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig, UpdateAwareness
+from qurl.errors import NonFiniteLoss
 from qurl.learner.engine import apply_gradients, initialize, initialize_frozen, join_process_group
 from qurl.learner.huggingface import copy_tokenizer, load_model
 from qurl.learner.packing import empty_micro_batch, pack, padding_fraction
@@ -36,17 +37,6 @@ TAG = "deepspeed"
 """Folder of DeepSpeed's files in a checkpoint."""
 
 WIRE_DTYPES = ("float32", "bfloat16", "float16")
-
-
-class NonFiniteLoss(RuntimeError):
-    """Loss or gradient is not finite; no weight changed. sample_ids: the suspects on this rank, empty where it has none."""
-
-    def __init__(self, message: str, sample_ids: list[str]):
-        super().__init__(message, sample_ids)  # both, so that it survives pickling
-        self.sample_ids = sample_ids
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

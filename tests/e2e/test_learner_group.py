@@ -10,7 +10,8 @@ import ray
 import torch
 
 from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
-from qurl.learner import LearnerDied, LearnerGroup, NonFiniteLoss
+from qurl.errors import NonFiniteLoss
+from qurl.learner.group import LearnerDied, LearnerGroup
 from qurl.quantization import FORMATS
 from qurl.sync import WeightReceiver, publish
 

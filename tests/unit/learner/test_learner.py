@@ -20,7 +20,7 @@ from qurl.config import (
     QuantizationConfig,
     UpdateAwareness,
 )
-from qurl.learner.learner import NonFiniteLoss
+from qurl.errors import NonFiniteLoss
 from qurl.observability.metrics import reduce_metrics
 
 SAMPLES = build_samples()

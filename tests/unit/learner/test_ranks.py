@@ -11,7 +11,7 @@ import torch
 from learner_cases import build_learner, build_samples, captured_gradients, weights_of
 
 from qurl.config import Aggregation, AlgorithmConfig, KLConfig, LearnerDtype, PolicyLossConfig
-from qurl.learner.learner import NonFiniteLoss
+from qurl.errors import NonFiniteLoss
 from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import reduce_metrics
 

@@ -16,7 +16,10 @@ class CountingStream:
 
     def take(self, n):
         self.next += n
-        return [Prompt(prompt_id=str(i), token_ids=[1], text="", ground_truth="", data_source="") for i in range(self.next - n, self.next)]
+        return [
+            Prompt(prompt_id=str(i), token_ids=[1], text="", ground_truth="", data_source="")
+            for i in range(self.next - n, self.next)
+        ]
 
     def state_dict(self):
         return {"next": self.next}

@@ -49,7 +49,7 @@ def test_chains_and_each_step_of_their_demonstrations_are_right(quickstart):
     rng = random.Random(0)
     settings = quickstart.Settings()
     for _ in range(300):
-        chain = quickstart.random_chain(rng, settings)
+        chain = quickstart.random_chain(rng, 2, settings)
         assert eval(chain.problem) == int(chain.answer)
         assert all(0 <= total <= 99 for total in chain.totals)
         assert chain.demonstration(direct=True).response == f"#### {chain.answer}"
@@ -72,6 +72,18 @@ def test_quickstart_writes_disjoint_problems_and_a_model_and_does_not_repeat_its
     quickstart.prepare(tmp_path, 3, False, settings)
     assert weights.stat().st_mtime_ns == written
     assert capsys.readouterr().out.count("already there") == 2
+
+
+def test_quickstart_demonstrates_no_problem_and_answers_only_long_chains_in_one_go(quickstart):
+    settings = replace(quickstart.Settings(), num_demonstrations=2000)
+    taken = {chain.problem for chain in quickstart.problems(0, settings)}
+    shown = quickstart.demonstrations(0, taken, settings)
+    assert not taken & {demonstration.prompt.removesuffix("=") for demonstration in shown}
+    direct = [len(re.findall(r"\d", d.prompt)) for d in shown if d.response.startswith("####")]
+    worked = [len(re.findall(r"\d", d.prompt)) for d in shown if not d.response.startswith("####")]
+    assert (min(direct), max(direct), min(worked), max(worked)) == (5, 7, 2, 7)
+    num_long = len(direct) + sum(numbers >= 5 for numbers in worked)
+    assert len(direct) / num_long == pytest.approx(0.65, abs=0.05)  # three standard deviations of 1000 draws
 
 
 @pytest.mark.parametrize(
