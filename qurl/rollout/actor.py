@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import ray
@@ -12,7 +13,7 @@ from qurl.rollout.engine import EngineStatus, RolloutEngine
 from qurl.rollout.request import GenerationRequest
 from qurl.types import Rollout, TensorRecord
 
-MAX_CONCURRENCY = 4096  # calls of one actor that may wait at the same time; a group of samples is one call
+MAX_CONCURRENCY = 4096  # calls of one actor that may wait at the same time
 
 
 class EngineActor:
@@ -21,9 +22,17 @@ class EngineActor:
     def __init__(self, *args: Any, **kwargs: Any):
         self._engine = RolloutEngine(*args, **kwargs)
 
-    async def generate(self, request: GenerationRequest) -> list[Rollout]:
-        """All samples of one prompt, in sample order."""
-        return await asyncio.wrap_future(self._engine.generate(request))
+    @ray.method(num_returns="streaming")
+    async def generate(self, requests: list[GenerationRequest]) -> AsyncIterator[tuple[str, list[Rollout] | Exception]]:
+        """(request id, all samples in sample order or why vLLM refused the prompt), each as soon as it is done."""
+        futures = [asyncio.wrap_future(future) for future in self._engine.generate(requests)]
+        names = {future: request.request_id for future, request in zip(futures, requests, strict=True)}
+        waiting = set(futures)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                error = future.exception()
+                yield names[future], error if isinstance(error, Exception) else future.result()
 
     async def begin_weight_update(self, version: int) -> None:
         """See RolloutEngine."""

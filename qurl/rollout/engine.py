@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,12 +81,14 @@ class RolloutEngine:
 
     # ---- called from any thread -------------------------------------------------------------------------------------
 
-    def generate(self, request: GenerationRequest) -> Future[list[Rollout]]:
-        """All samples of one prompt, in sample order. The future fails with what vLLM raises where it refuses the prompt."""
-        future: Future[list[Rollout]] = Future()
-        added = self._call(lambda: self._add(request, future))
-        added.add_done_callback(lambda call: future.set_exception(call.exception()) if call.exception() else None)
-        return future
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Future[list[Rollout]]]:
+        """For each request all its samples, in sample order. A future fails with what vLLM raises where it refuses the prompt.
+
+        Requests given together join the batch in the same step: what is computed together, and with it the last bit of a logprob,
+        then does not depend on how fast they were handed over."""
+        futures: list[Future[list[Rollout]]] = [Future() for _ in requests]
+        self._call(lambda: [self._add(request, future) for request, future in zip(requests, futures, strict=True)])
+        return futures
 
     def abort_all(self) -> Future[None]:
         """Forget everything under way; the futures are cancelled."""
@@ -181,9 +183,9 @@ class RolloutEngine:
                 params = self._sampling_params(request.sampling, seed)
                 self._engine.add_request(name, {"prompt_token_ids": request.token_ids}, params)
                 self._samples[name] = (request.request_id, index)
-        except BaseException:
+        except Exception as error:  # the refusal of one prompt belongs to whoever asked for it
             self._drop(request.request_id)
-            raise
+            future.set_exception(error)
 
     def _drop(self, request_id: str) -> None:
         names = [name for name, (owner, _) in self._samples.items() if owner == request_id]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 
 from qurl.config import RolloutConfig
 from qurl.errors import GuardStop
@@ -67,6 +67,7 @@ class RolloutPool:
         self._room = asyncio.Event()
         self._num_started = 0
         self._failure: PoolFailed | None = None
+        self._closing = False
         self.refresh: Callable[[Any, Callable[[], None]], Awaitable[None]] | None = None
         self.num_restarts = 0
         self._num_redispatched = 0
@@ -81,6 +82,7 @@ class RolloutPool:
 
     async def close(self) -> None:
         """Stop the tasks and kill the engines."""
+        self._closing = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -128,39 +130,46 @@ class RolloutPool:
     # ---- dispatch ---------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Hand out what is queued, oldest first, to the least loaded engine that has room."""
-        while self._queue:
+        """Hand out what is queued, oldest first, to the least loaded engine that has room; to each engine in one call."""
+        shares: dict[_Engine, list[_Work]] = {}
+        while self._queue and not self._closing:
             if self._queue[0].future.done():  # cancelled by its caller
                 self._queue.pop(0)
                 continue
             engines = [e for e in self._engines if e.ready and not e.lost.is_set() and e.load < self._max_load]
             if not engines:
-                return
+                break
             work = self._queue.pop(0)
             engine = min(engines, key=lambda e: e.load)
             engine.load += len(work.request.seeds)
-            self._spawn(self._run(work, engine))
+            shares.setdefault(engine, []).append(work)
+        for engine, share in shares.items():
+            self._spawn(self._run({work.request.request_id: work for work in share}, engine))
 
-    async def _run(self, work: _Work, engine: _Engine) -> None:
-        call = asyncio.ensure_future(engine.handle.generate.remote(work.request))
+    async def _run(self, share: dict[str, _Work], engine: _Engine) -> None:
+        """Wait for an engine's answers to its share; what it leaves when it is lost is queued again."""
+        answers = asyncio.ensure_future(self._take_answers(share, engine))
         lost = asyncio.ensure_future(engine.lost.wait())
         try:
-            await asyncio.wait({call, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not call.done():
-                self._redispatch(work)
-            elif (error := call.exception()) is None:
-                if not work.future.done():
-                    work.future.set_result(call.result())
-            elif isinstance(error, RayActorError):
-                self._lose(engine, "its process died")
-                self._redispatch(work)
-            elif not work.future.done():
-                cause = error.cause if isinstance(error, RayTaskError) else error
-                work.future.set_exception(cause if isinstance(cause, ValueError) else error)
+            await asyncio.wait({answers, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if answers.done() and (error := answers.exception()) is not None:
+                self._lose(engine, "its process died" if isinstance(error, RayActorError) else str(error))
         finally:
             lost.cancel()
-            call.cancel()
+            answers.cancel()
+            for work in reversed(share.values()):
+                engine.load -= len(work.request.seeds)
+                self._redispatch(work)
+            self._dispatch()
+
+    async def _take_answers(self, share: dict[str, _Work], engine: _Engine) -> None:
+        """Resolve each work as its answer comes, and forget it."""
+        async for reference in engine.handle.generate.remote([work.request for work in share.values()]):
+            request_id, answer = await reference
+            work = share.pop(request_id)
             engine.load -= len(work.request.seeds)
+            if not work.future.done():
+                work.future.set_exception(answer) if isinstance(answer, Exception) else work.future.set_result(answer)
             self._dispatch()
 
     def _redispatch(self, work: _Work) -> None:

@@ -57,6 +57,7 @@ class TrainingLoop:
             await self._publish(self.completed)
             if self.config.evaluation.at_start and self.completed == 0:
                 await self._evaluate()
+            await self.weights.announce()
             self.timeline.begin_step(self.completed)
             for step in range(self.completed, self.config.num_steps):
                 await self._iteration(step)
@@ -76,6 +77,7 @@ class TrainingLoop:
         self.completed, self._untrained = step + 1, None
         self.log.record_rollouts(step, groups)
         evaluated = await self._evaluate() if self._due(self.config.evaluation.every_steps) else {}
+        await self.weights.announce()  # after the evaluation, which thus has the engines to itself where max_staleness=0
         self.log.log_step(step, reduce_metrics(reports) | evaluated | self.timeline.end_step())
         self.timeline.begin_step(step + 1)
         if self._due(self.config.checkpoint.every_steps):  # after the log: a step that a checkpoint counts is in metrics.jsonl

@@ -26,6 +26,7 @@ class PublishedWeights:
 
     def __init__(self, config: SyncConfig, learner: LearnerGroup, pool: RolloutPool):
         self.version = -1  # nothing published yet
+        self._announced = -1
         self.lock = asyncio.Lock()
         self.changed = asyncio.Condition()
         self._config = config
@@ -38,11 +39,15 @@ class PublishedWeights:
         handles = self._pool.handles
         report = await publish(version, self._learner, handles, config=self._config)
         failed = report.failed_engines + await self._audit(version, [h for h in handles if h not in report.failed_engines])
-        async with self.changed:
-            self.version = version
-            self.changed.notify_all()
+        self.version = version
         self._pool.mark_ready(failed)
         return report.metrics
+
+    async def announce(self) -> None:
+        """Let the producer hear of the published version."""
+        async with self.changed:
+            self._announced = self.version
+            self.changed.notify_all()
 
     async def _audit(self, version: int, engines: list[Any]) -> list[Any]:
         """Decode what the engines really hold of sync.audit_layers matrices, other ones after every update, and compare with what
@@ -70,6 +75,6 @@ class PublishedWeights:
             adopt()
 
     async def wait_for(self, version: int) -> None:
-        """Return once `version` or a later one is published."""
+        """Return once `version` or a later one is announced."""
         async with self.changed:
-            await self.changed.wait_for(lambda: self.version >= version)
+            await self.changed.wait_for(lambda: self._announced >= version)

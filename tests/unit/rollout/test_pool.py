@@ -1,6 +1,7 @@
 """The pool's dispatch and replacement, over fake engines that behave as Ray actor handles do."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -31,16 +32,20 @@ class FakeEngine:
         self.dead = asyncio.Event()
         self.busy_s = 0.0
         self.answers = True
-        self.generate = Method(self._generate)
+        self.generate = SimpleNamespace(remote=self._generate)
         self.status = Method(self._status)
 
-    async def _generate(self, request):
-        self.requests.append(request)
+    async def _generate(self, requests):
+        self.requests += requests
+        for request in requests:
+            yield self._answer(request)
+
+    async def _answer(self, request):
         waits = {asyncio.ensure_future(self.release.wait()), asyncio.ensure_future(self.dead.wait())}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if self.dead.is_set():
             raise RayActorError
-        return [
+        return request.request_id, [
             Rollout(sample_index=i, token_ids=[5, 1], rollout_logprobs=[-1.0, -2.0], weight_versions=[0, 0], finish_reason="stop",
                     text="", engine_id=self.engine_id, seed=seed)
             for i, seed in enumerate(request.seeds)
