@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def measure(engines: dict[str, LLMEngine], batch_size: int, num_rounds: int, ste
     return seconds
 
 
-def start_requests(engine: LLMEngine, batch_size: int, num_steps: int) -> Sequence[str]:
+def start_requests(engine: LLMEngine, batch_size: int, num_steps: int) -> list[str]:
     """Fill the batch and decode until every request is past its prompt."""
     names = [f"{batch_size}-{index}" for index in range(batch_size)]
     for index, name in enumerate(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -23,10 +24,11 @@ def write_models(shape: str, formats: Sequence[str], stock_prefix: str, folder: 
 
     from qurl.quantization import FORMATS, export_checkpoint
 
-    config = Qwen2Config(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=4096)
+    sizes: dict[str, Any] = dict(SHAPES[shape])
+    config = Qwen2Config(**sizes, tie_word_embeddings=True, max_position_embeddings=4096)
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
+        model: Any = Qwen2ForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

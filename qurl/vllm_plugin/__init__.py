@@ -15,12 +15,14 @@ NAME = "qurl"
 
 
 def register() -> None:
-    """Make the quantization method and the weight-transfer engine known to this process; more calls change nothing."""
+    """Make the quantization method, the norm and the weight-transfer engine known to this process; more calls change nothing."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    from qurl.vllm_plugin import config  # noqa: F401  registers on import
-    from qurl.vllm_plugin.compat import has_weight_transfer_engine
+    from qurl.vllm_plugin import config, cpu_norm  # noqa: F401  config registers on import
+    from qurl.vllm_plugin.compat import has_norm, has_weight_transfer_engine
 
+    if not has_norm():
+        cpu_norm.register()
     if not has_weight_transfer_engine(NAME):
         WeightTransferEngineFactory.register_engine(NAME, "qurl.vllm_plugin.transfer", "QurlWeightTransferEngine")
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from vllm import _custom_ops as ops
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.linear import QKVParallelLinear
 
 
 def has_weight_transfer_engine(name: str) -> bool:
@@ -16,7 +17,7 @@ def has_weight_transfer_engine(name: str) -> bool:
     return name in WeightTransferEngineFactory._registry
 
 
-def full_output_sizes(layer: LinearBase) -> list[int]:
+def full_output_sizes(layer: Any) -> list[int]:
     """Rows of each matrix that vLLM fuses in the layer, over all tensor-parallel ranks; replicated KV heads count once."""
     if isinstance(layer, QKVParallelLinear):
         value_size = getattr(layer, "v_head_size", layer.head_size)
@@ -33,8 +34,7 @@ def shard_index(tensor: Tensor, arguments: tuple[Any, ...]) -> int | None:
 
 def keep_shard(tensor: Tensor, source: Tensor) -> Tensor:
     """`tensor` with the mark that 0.32's model loaders put on `source`."""
-    if hasattr(source, "shard_id"):
-        tensor.shard_id = source.shard_id
+    vars(tensor).update({key: value for key, value in vars(source).items() if key == "shard_id"})
     return tensor
 
 
@@ -87,3 +87,26 @@ def onednn_int8_linear(x: Tensor, handler_tensor: Tensor, rows: int, bias: Tenso
     out = torch.empty((num_tokens, rows), dtype=x.dtype)
     torch.ops._C.onednn_scaled_mm(out, codes, scale, None, None, bias, handler_tensor)
     return out
+
+
+def fused_norm_usable(x: Tensor, weight: Tensor) -> bool:
+    """Whether vLLM's C++ norm takes x [..., H]: whole vectors of contiguous values, in the dtype of the weight [H]."""
+    return x.dtype == weight.dtype and x.is_contiguous() and x.shape[-1] % 16 == 0 and hasattr(torch.ops._C, "fused_add_rms_norm")
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [..., H] normalized over H and multiplied by weight [H]."""
+    out = torch.empty_like(x)
+    torch.ops._C.rms_norm(out, x, weight, epsilon)
+    return out
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x + residual) and x + residual, in the storage of x and residual."""
+    torch.ops._C.fused_add_rms_norm(x, residual, weight, epsilon)
+    return x, residual
+
+
+def has_norm() -> bool:
+    """Whether a norm is registered already; register_oot asserts that none is."""
+    return "RMSNorm" in op_registry_oot

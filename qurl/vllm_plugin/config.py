@@ -41,7 +41,7 @@ class QurlConfig(QuantizationConfig):
             raise ValueError(f"quantization_config.format={name!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
         return cls(FORMATS[name], list(config.get("ignore", ())), bool(config.get("encoded", False)))
 
-    def get_name(self) -> str:
+    def get_name(self) -> Any:
         return NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.kernels.linear import init_fp8_linear_kernel, init_int8_linear_kernel
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape,
@@ -24,7 +24,7 @@ from qurl.quantization.fp8_block import BLOCK
 from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter
 
 
-def select_cuda_kernel(format: QuantizationFormat, layer: nn.Module, shape: LayerShape) -> LinearKernel:
+def select_cuda_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> LinearKernel:
     """vLLM's kernel for this GPU; needs a current vLLM config. Raises ValueError where it cannot run the format as W8A8."""
     for name in ("input_scale", "input_zero_point", "azp_adj", "input_scale_ub"):
         layer.register_parameter(name, None)  # vLLM's kernels ask for all of them
@@ -73,16 +73,16 @@ class CudaChannelwise(LinearKernel):
         self.transposed_by_kernel = transposed_by_kernel
         self.code_shape = torch.Size()
 
-    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
         self.code_shape = codes.shape
         layer.register_parameter("weight", as_parameter(codes if self.transposed_by_kernel else codes.t()))
         layer.register_parameter("weight_scale", as_parameter(scale))
         self.kernel.process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.kernel.apply_weights(layer, x, bias)
 
-    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         rows, columns = self.code_shape
         return layer.weight.data.t()[:rows, :columns], layer.weight_scale.data.reshape(-1, 1)[:rows]
 
@@ -94,15 +94,15 @@ class CudaBlockwise(LinearKernel):
         self.kernel = kernel
         self.shape = shape
 
-    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
         self.scale = scale
         block_scale = torch.cat([part[::BLOCK] for part in scale.split(self.shape.partitions)])
         layer.register_parameter("weight", as_parameter(codes))
         layer.register_parameter("weight_scale_inv", as_parameter(block_scale))
         self.kernel.process_weights_after_loading(layer)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         return self.kernel.apply_weights(layer, x, bias)
 
-    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return layer.weight.data[: self.shape.rows, : self.shape.columns], self.scale

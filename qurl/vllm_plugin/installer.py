@@ -7,7 +7,7 @@ layers in transit are held twice. What one update must bring is the whole model:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,16 @@ class WeightInstaller:
     def __init__(self, model: nn.Module, vllm_config: VllmConfig) -> None:
         self.model = model
         self.vllm_config = vllm_config
-        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, LinearBase)}
-        for name, module in self.linears.items():
+        self.linears: dict[str, tuple[Any, QurlLinearMethod]] = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, LinearBase):
+                continue
             if not isinstance(module.quant_method, QurlLinearMethod):
                 raise ValueError(
                     f"{name} runs on {type(module.quant_method).__name__}, which qurl cannot update; "
                     "start the engine with qurl.vllm_plugin.engine_args"
                 )
+            self.linears[name] = module, module.quant_method
         self._expected = self._rows_of_an_update()
         self._aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
             name for name, _ in model.named_parameters()
@@ -93,26 +96,28 @@ class WeightInstaller:
         self._stage(module_name)
         self._load(name, target, self._checked(name, leaf, module_name, tensor))
         if all(self._missing_rows.get(f"{module_name}.{leaf}", 0) == 0 for leaf in ("weight", "weight_scale", "bias")):
-            module = self.linears[module_name]
-            module.quant_method.process_weights_after_loading(module)
+            module, method = self.linears[module_name]
+            method.process_weights_after_loading(module)
 
     def _load(self, name: str, target: str, tensor: Tensor) -> None:
         rows = tensor.shape[0] if tensor.dim() else 1
         if rows > self._missing_rows[target]:
             raise RuntimeError(f"{name!r} has {rows} rows where {target!r} still misses {self._missing_rows[target]}")
-        self.model.load_weights([(name, tensor)])
+        load_weights: Any = self.model.load_weights
+        load_weights([(name, tensor)])
         self._missing_rows[target] -= rows
         self._arrived.add(name)
 
     def _stage(self, module_name: str) -> None:
         if module_name not in self._staged:
             self._staged.add(module_name)
-            module = self.linears[module_name]
-            module.quant_method.stage(module)
+            module, method = self.linears[module_name]
+            method.stage(module)
 
     def _checked(self, name: str, leaf: str, module_name: str, tensor: Tensor) -> Tensor:
         """The tensor as a fresh engine would hold it. Raises RuntimeError where it is not in the layer's format."""
-        method = self.linears[module_name].quant_method
+        _, method = self.linears[module_name]
+        assert method.format is not None
         if method.format.name != "none" and leaf != "bias":
             needed = method.code_dtype if leaf == "weight" else torch.float32
             if tensor.dtype != needed:
@@ -134,9 +139,9 @@ class WeightInstaller:
         for name, module in self.model.named_modules():
             if isinstance(module, VocabParallelEmbedding) and f"{name}.weight" in expected:
                 expected[f"{name}.weight"] = module.org_vocab_size  # without vLLM's padding
-        for name, module in self.linears.items():
-            rows = module.quant_method.wire_rows()
-            if getattr(module, "bias", None) is not None:
+        for name, (layer, method) in self.linears.items():
+            rows = method.wire_rows()
+            if getattr(layer, "bias", None) is not None:
                 rows["bias"] = rows["weight"]
             expected |= {f"{name}.{leaf}": count for leaf, count in rows.items()}
         return expected
@@ -145,8 +150,8 @@ class WeightInstaller:
         target = vllm_parameter_name(self.model, f"{hf_module}.weight")
         module_name = "" if target is None else target.rpartition(".")[0]
         if module_name in self.linears:
-            module = self.linears[module_name]
-            return module.quant_method.read_back(module)[module.quant_method.names.index(hf_module)]
+            module, method = self.linears[module_name]
+            return method.read_back(module)[method.names.index(hf_module)]
         if target not in self._expected and target not in self._aliases:
             raise ValueError(f"{hf_module!r} is no module with a weight in this {type(self.model).__name__}")
         rows = self._expected.get(target)  # without vLLM's padding; an alias has its namesake's

@@ -16,9 +16,10 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 
 from qurl.quantization import FORMATS
@@ -49,19 +50,19 @@ class LinearKernel(ABC):
     """Codes [O, I] and scales [O, groups] of one layer, scales one row per output feature whatever the format's blocks."""
 
     @abstractmethod
-    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
         """Take new weights, packing them as needed. Reads layer.bias, which must have been loaded."""
 
     @abstractmethod
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] -> [..., O] in x's dtype."""
 
     @abstractmethod
-    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         """The codes [O, I] and scales that `apply` works with."""
 
 
-def select_kernel(format: QuantizationFormat, layer: nn.Module, shape: LayerShape) -> LinearKernel:
+def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> LinearKernel:
     """The kernel for a layer of this format. Raises ValueError where the device has none for it."""
     if shape.device.type == "cuda":
         from qurl.vllm_plugin.cuda import select_cuda_kernel
@@ -81,23 +82,21 @@ class AmxInt8(LinearKernel):
 
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
-        self.packed: Tensor | None = None
-        self.scale: Tensor | None = None
-        self.bias: Tensor | None = None
+        self.packed = self.scale = self.bias = torch.empty(0)
 
-    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
         self.packed = _into(self.packed, compat.amx_int8_pack(codes))
         self.scale = _into(self.scale, scale)
-        if getattr(layer, "bias", None) is not None:
-            self.bias = _into(self.bias, layer.bias.data.float())
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            self.bias = _into(self.bias, bias.data.float())
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() != 2:
             return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
         return compat.amx_int8_linear(x, self.packed, self.scale, None if bias is None else self.bias)
 
-    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        assert self.scale is not None
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
 
 
@@ -107,22 +106,20 @@ class OneDnnInt8(LinearKernel):
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
         self.rows = shape.rows
-        self.scale: Tensor | None = None
-        self.handler: object | None = None
-        self.handler_tensor: Tensor | None = None
+        self.scale = self.handler_tensor = torch.empty(0)
+        self.handler: Any = None
 
-    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
         self.scale = _into(self.scale, scale)
-        self.handler = handler = compat.onednn_int8_handler(codes, self.scale, self.shape.dtype)
-        self.handler_tensor = handler.handler_tensor
+        self.handler = compat.onednn_int8_handler(codes, self.scale, self.shape.dtype)
+        self.handler_tensor = self.handler.handler_tensor
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() != 2:
             return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
         return compat.onednn_int8_linear(x, self.handler_tensor, self.rows, bias)
 
-    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        assert self.scale is not None
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
 
 
@@ -133,18 +130,16 @@ class Emulation(LinearKernel):
         self.format_name = format.name
         self.shape = shape
         self.partitions = list(shape.partitions)
-        self.codes: Tensor | None = None
-        self.scale: Tensor | None = None
+        self.codes = self.scale = torch.empty(0)
 
-    def load(self, layer: nn.Module, codes: Tensor, scale: Tensor) -> None:
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
         self.codes = _into(self.codes, codes)
         self.scale = _into(self.scale, scale)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.qurl.emulated_linear(x, self.codes, self.scale, bias, self.format_name, self.partitions)
 
-    def read_back(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        assert self.codes is not None and self.scale is not None
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return self.codes, self.scale
 
 
@@ -178,14 +173,14 @@ def wire_of(format: str, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {"weight": codes, "weight_scale": scale[:: row_block(format)]}
 
 
-def _into(storage: Tensor | None, value: Tensor) -> Tensor:
-    """`value` in the existing storage where there is one: whatever points to it stays right, and memory does not fragment."""
-    if storage is None:
+def _into(storage: Tensor, value: Tensor) -> Tensor:
+    """`value` in the storage of the previous weights: whatever points to it stays right, and memory does not fragment."""
+    if storage.shape != value.shape:  # there are none yet
         return value.detach().clone()
     return storage.copy_(value)
 
 
-def _probe_codes(kernel: LinearKernel, layer: nn.Module, scale: Tensor, shape: LayerShape) -> Tensor:
+def _probe_codes(kernel: LinearKernel, layer: Any, scale: Tensor, shape: LayerShape) -> Tensor:
     """Codes [O, I] out of an opaque packed layout: what the kernel makes of the identity, divided by the scales.
 
     A token with one value other than zero is quantized to 127 exactly, so the output is value * code * scale up to rounding of the

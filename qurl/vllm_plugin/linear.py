@@ -43,7 +43,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -70,7 +70,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
             self._stage_matrix(layer, "weight_scale", torch.float32, self._num_groups(self.shape.columns))
             layer.weight_scale.data.fill_(torch.nan)
 
-    def stage(self, layer: nn.Module) -> None:
+    def stage(self, layer: Any) -> None:
         """Prepare a live layer for the wire tensors of its format (or the weight, for none)."""
         assert self.format is not None
         if self.format.name == "none":
@@ -80,33 +80,30 @@ class QurlLinearMethod(UnquantizedLinearMethod):
             self._stage_matrix(layer, "weight_scale", torch.float32, self._num_groups(self.shape.columns))
         layer.update_param_tp_status()
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Make a staged layer live. Raises ValueError for patterns that cannot be honoured or weights that cannot be encoded."""
         is_first = self.format is None
-        if is_first:
+        if self.format is None:
             self.format = self.config.format_of(self.names)
         if self.format.name == "none":
             super().process_weights_after_loading(layer)
         else:
-            if is_first:
-                self.kernel = select_kernel(self.format, layer, self.shape)
-                codes, scale = self._startup_codes(layer)
-            else:
-                codes, scale = layer.weight.data, layer.weight_scale.data
+            self.kernel = self.kernel or select_kernel(self.format, layer, self.shape)
+            codes, scale = self._startup_codes(layer) if is_first else (layer.weight.data, layer.weight_scale.data)
             for name in ("weight", "weight_scale"):
                 layer.register_parameter(name, None)
             self.kernel.load(layer, codes, scale)
         if self.shape.device.type != "cpu":
             self._keep_storage(layer)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kernel is None:
             return super().apply(layer, x, bias)
         return self.kernel.apply(layer, x, bias)
 
-    def read_back(self, layer: nn.Module) -> list[Tensor]:
+    def read_back(self, layer: Any) -> list[Tensor]:
         """What the engine multiplies with, decoded: one float32 matrix (this rank's part) per Hugging Face module."""
-        if self.kernel is None:
+        if self.format is None or self.kernel is None:
             identity = torch.eye(self.shape.columns, dtype=self.shape.dtype, device=self.shape.device)
             return list(self.apply(layer, identity).float().T.split(self.shape.partitions))
         codes, scale = (tensor.split(self.shape.partitions) for tensor in self.kernel.read_back(layer))
@@ -140,11 +137,12 @@ class QurlLinearMethod(UnquantizedLinearMethod):
                 f"{block} as {self.config.format.name} needs; use fewer ranks or quantization.format=fp8"
             )
 
-    def _stage_matrix(self, layer: nn.Module, name: str, dtype: torch.dtype, columns: int) -> None:
+    def _stage_matrix(self, layer: Any, name: str, dtype: torch.dtype, columns: int) -> None:
         """Register an empty [O, columns] parameter that the model's loaders can fill."""
         data = torch.empty((self.shape.rows, columns), dtype=dtype, device=self.shape.device)
         loader = self._load_scale if name == "weight_scale" else self.loader
-        arguments = {"data": data, "output_dim": 0, "weight_loader": loader}
+        arguments: dict[str, Any] = {"data": data, "output_dim": 0, "weight_loader": loader}
+        parameter: nn.Parameter
         if name == "weight_scale" and self._num_groups(self.full_columns) == 1:
             parameter = ChannelQuantScaleParameter(**arguments)  # not divided over ranks with the columns
         else:
@@ -157,7 +155,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         rows = sum(self.full_sizes) if shard is None else self.full_sizes[shard]
         self.loader(parameter, keep_shard(scale_per_row(self.config.format.name, tensor, rows), tensor), *arguments)
 
-    def _startup_codes(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    def _startup_codes(self, layer: Any) -> tuple[Tensor, Tensor]:
         """Codes [O, I] and scales per row [O, groups] from the staged checkpoint."""
         weight = layer.weight.data
         if self.config.encoded:
@@ -171,17 +169,17 @@ class QurlLinearMethod(UnquantizedLinearMethod):
     def _encode(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """One Hugging Face matrix (this rank's part), with the scales of the whole matrix."""
         if self.full_columns == self.shape.columns:
-            wire = self.format.encode(matrix)
-            return wire["weight"], scale_per_row(self.format.name, wire["weight_scale"], len(matrix))
-        wire = self.format.encode(tensor_model_parallel_all_gather(matrix.contiguous(), dim=1))
+            wire = self.config.format.encode(matrix)
+            return wire["weight"], scale_per_row(self.config.format.name, wire["weight_scale"], len(matrix))
+        wire = self.config.format.encode(tensor_model_parallel_all_gather(matrix.contiguous(), dim=1))
         rank = get_tensor_model_parallel_rank()
-        scale = scale_per_row(self.format.name, wire["weight_scale"], len(matrix))
+        scale = scale_per_row(self.config.format.name, wire["weight_scale"], len(matrix))
         if scale.shape[1] > 1:
             groups = self._num_groups(self.shape.columns)
             scale = scale[:, rank * groups :][:, :groups]
         return wire["weight"][:, rank * self.shape.columns :][:, : self.shape.columns].contiguous(), scale.contiguous()
 
-    def _keep_storage(self, layer: nn.Module) -> None:
+    def _keep_storage(self, layer: Any) -> None:
         """Move the live parameters into the storage of the first ones."""
         for name, parameter in list(layer.named_parameters(recurse=False)):
             if name == "bias":  # loaded in place, always

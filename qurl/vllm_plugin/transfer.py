@@ -85,7 +85,7 @@ class QurlWeightTransferEngine(WeightTransferEngine[QurlInitInfo, QurlUpdateInfo
             self._begun_version = update_info.version
         if update_info.bucket is not None:
             self.receiver.receive(update_info.bucket)
-        else:
+        elif update_info.manifest is not None:
             self.report = self.receiver.commit(update_info.version, update_info.manifest)
 
     def finish_weight_update(self) -> None:

@@ -270,8 +270,22 @@ def test_a_checkpoint_of_wire_tensors_loads_as_encoded(checkpoints, tmp_path):
             assert generate(encoded) == generate(fresh)
 
 
-def test_qurls_int8_equals_vllms_own_on_an_exported_checkpoint(checkpoints, tmp_path):
+def test_qurls_int8_layers_equal_vllms_own_on_an_exported_checkpoint(checkpoints, tmp_path):
     folder, _ = checkpoints("Qwen2", False, torch.bfloat16, 0)
     export_checkpoint(folder, tmp_path / "int8", FORMATS["int8"])
     with engine(str(tmp_path / "int8"), torch.bfloat16) as stock, engine(folder, torch.bfloat16, **engine_args("int8")) as ours:
-        assert generate(ours) == generate(stock)  # the same codes through the same vLLM kernel
+        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            layers = [part.model.get_submodule(f"model.layers.1.{name}") for part in (stock, ours)]
+            x = torch.randn(9, layers[0].input_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+            assert torch.equal(layers[0](x)[0], layers[1](x)[0])  # the same codes through the same vLLM kernel
+
+
+def test_only_qurls_engines_have_its_norm(checkpoints, tmp_path):
+    folder, _ = checkpoints("Qwen2", False, torch.bfloat16, 0)
+    with engine(folder, torch.bfloat16) as stock, engine(folder, torch.bfloat16, **engine_args("none")) as ours:
+        assert not stock.model.model.norm.is_fused and ours.model.model.norm.is_fused
+        x, residual = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+        expected = stock.model.model.norm(x.clone(), residual.clone())
+        found = ours.model.model.norm(x.clone(), residual.clone())
+        assert torch.equal(found[1], expected[1])
+        torch.testing.assert_close(found[0], expected[0], rtol=2**-7, atol=0)  # one rounding against two
