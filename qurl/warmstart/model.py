@@ -6,19 +6,17 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from qurl.warmstart.tokenizer import train_tokenizer
 
-ARCHITECTURES: dict[str, type[PreTrainedConfig]] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes
 
 
@@ -45,7 +43,8 @@ def model_config(
     num_kv_heads = num_kv_heads or max(1, num_heads // 2)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads={num_kv_heads} does not divide the {num_heads} heads of hidden_size={hidden_size}")
-    return ARCHITECTURES[architecture](
+    return AutoConfig.for_model(
+        architecture,
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size or 3 * hidden_size,
@@ -107,5 +106,5 @@ def make_tiny_model(
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return save_model(model, tokenizer, path)

@@ -33,8 +33,8 @@ def warm_start(
     demonstrations: Sequence[Demonstration],
     *,
     num_epochs: int = 1,
-    batch_size: int = 128,
-    learning_rate: float = 2e-3,
+    batch_size: int = 32,
+    learning_rate: float = 1.5e-3,
     seed: int = 0,
 ) -> float:
     """Trains `model` in place, in its own dtype, on the responses and their end token; returns the mean loss (nats per

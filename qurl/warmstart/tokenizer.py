@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -59,7 +60,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512, chat: bool = Fa
     return tokenizer
 
 
-def _vocab_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token -> id and the merge rules in order of priority."""
+def _vocab_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[Any]]:
+    """Token -> id, and the pairs of tokens to merge in order of priority."""
     state = json.loads(tokenizer.to_str())["model"]
     return state["vocab"], [tuple(merge) for merge in state["merges"]]

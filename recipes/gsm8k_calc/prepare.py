@@ -48,8 +48,8 @@ class Settings:
     vocab_size: int = 320
     hidden_size: int = 256
     num_layers: int = 4
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
 
 
 def parse(expression: str) -> ast.expr:

@@ -1,14 +1,14 @@
 """Makes the quickstart's problems and its warm-started model.
 
-The problems are chains of additions and subtractions, "7+5-9+3". The demonstrations show two habits: most blurt the answer out,
-which a model this small mostly gets wrong; the others work from left to right and are right. Greedy decoding of the warm-started
-model follows the common habit. Reinforcement learning is told only which answers were right and has to find out that work pays."""
+The problems are chains of additions and subtractions, "7+5-9+3+6". In the demonstrations short chains are worked from left to
+right; of the chains as long as the problems, most are answered in one go, which a model this small mostly gets wrong. Greedy
+decoding of the warm-started model follows that habit. Reinforcement learning is told only which answers were right and has to find
+out that work pays."""
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,18 +28,18 @@ from qurl.warmstart import (
 class Settings:
     """What decides the outcome, besides the seed."""
 
-    min_numbers: int = 3
-    max_numbers: int = 6
+    min_numbers: int = 5  # in a problem; demonstrations start at 2
+    max_numbers: int = 7
     largest: int = 9  # each number is 1..largest, each partial result 0..99
     num_train: int = 8000
     num_held_out: int = 500
-    num_demonstrations: int = 30000
-    direct_fraction: float = 0.6  # of the demonstrations
+    num_demonstrations: int = 26000
+    direct_fraction: float = 0.65  # of the demonstrations with min_numbers or more
     vocab_size: int = 320
     hidden_size: int = 256
     num_layers: int = 3
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    batch_size: int = 32
+    learning_rate: float = 1.5e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +64,11 @@ class Chain:
         return Demonstration(prompt=f"{self.problem}=", response=f"{'' if direct else work}#### {self.answer}")
 
 
-def random_chain(rng: random.Random, settings: Settings) -> Chain:
-    """A chain whose partial results stay within 0..99."""
+def random_chain(rng: random.Random, min_numbers: int, settings: Settings) -> Chain:
+    """A chain of min_numbers..max_numbers numbers whose partial results stay within 0..99."""
     total = rng.randint(1, settings.largest)
     terms, totals = [str(total)], [total]
-    for _ in range(rng.randint(settings.min_numbers, settings.max_numbers) - 1):
+    for _ in range(rng.randint(min_numbers, settings.max_numbers) - 1):
         steps = [step for step in range(-settings.largest, settings.largest + 1) if step and 0 <= total + step <= 99]
         step = rng.choice(steps)
         total += step
@@ -77,25 +77,32 @@ def random_chain(rng: random.Random, settings: Settings) -> Chain:
     return Chain(terms=terms, totals=totals)
 
 
-def distinct_chains(rng: random.Random, settings: Settings) -> Iterator[Chain]:
-    """Endless, none twice."""
-    seen: set[str] = set()
-    while True:
-        chain = random_chain(rng, settings)
-        if chain.problem not in seen:
-            seen.add(chain.problem)
-            yield chain
+def problems(seed: int, settings: Settings) -> list[Chain]:
+    """Held-out problems, then those to train on; all distinct."""
+    rng = random.Random(seed)
+    found: dict[str, Chain] = {}
+    while len(found) < settings.num_held_out + settings.num_train:
+        chain = random_chain(rng, settings.min_numbers, settings)
+        found.setdefault(chain.problem, chain)
+    return list(found.values())
+
+
+def demonstrations(seed: int, taken: set[str], settings: Settings) -> list[Demonstration]:
+    """Short and long chains, none of which is in `taken`; a short one may come again."""
+    rng = random.Random(f"demonstrations {seed}")
+    found: list[Demonstration] = []
+    while len(found) < settings.num_demonstrations:
+        chain = random_chain(rng, 2, settings)
+        if chain.problem not in taken:
+            is_long = len(chain.terms) >= settings.min_numbers
+            found.append(chain.demonstration(direct=is_long and rng.random() < settings.direct_fraction))
+    return found
 
 
 def prepare(folder: Path, seed: int, force: bool, settings: Settings) -> None:
     """Fills `folder` with train.jsonl, held_out.jsonl and model/. Held-out, training and demonstrated problems share none."""
-    chains = distinct_chains(random.Random(seed), settings)
-    held_out = [next(chains) for _ in range(settings.num_held_out)]
-    train = [next(chains) for _ in range(settings.num_train)]
-    decide = random.Random(f"habit {seed}")
-    demonstrations = [
-        next(chains).demonstration(direct=decide.random() < settings.direct_fraction) for _ in range(settings.num_demonstrations)
-    ]
+    chains = problems(seed, settings)
+    held_out, train = chains[: settings.num_held_out], chains[settings.num_held_out :]
 
     def write() -> list[Path]:
         return [
@@ -104,15 +111,13 @@ def prepare(folder: Path, seed: int, force: bool, settings: Settings) -> None:
         ]
 
     def teach() -> list[Path]:
-        tokenizer = train_tokenizer((d.prompt + d.response for d in demonstrations[:2000]), settings.vocab_size)
-        config = model_config(
-            tokenizer, architecture="qwen3", hidden_size=settings.hidden_size, num_layers=settings.num_layers
-        )
+        shown = demonstrations(seed, {chain.problem for chain in chains}, settings)
+        tokenizer = train_tokenizer((d.prompt + d.response for d in shown[:2000]), settings.vocab_size)
+        config = model_config(tokenizer, architecture="qwen3", hidden_size=settings.hidden_size, num_layers=settings.num_layers)
         model = new_model(config, seed)
-        loss = warm_start(
-            model, tokenizer, demonstrations, batch_size=settings.batch_size, learning_rate=settings.learning_rate, seed=seed
-        )
-        print(f"warm start: {model.num_parameters():,} parameters, loss {loss:.3f} nats per response token")
+        print(f"warm start: {model.num_parameters():,} parameters, {len(shown)} demonstrations", flush=True)
+        loss = warm_start(model, tokenizer, shown, batch_size=settings.batch_size, learning_rate=settings.learning_rate, seed=seed)
+        print(f"warm start: loss {loss:.3f} nats per response token", flush=True)
         return [save_model(model, tokenizer, folder / "model")]
 
     decided_by = {"seed": seed, **asdict(settings)}
