@@ -1,6 +1,6 @@
 """Makes the quickstart's problems and its warm-started model.
 
-The problems are chains of additions and subtractions, "7+5-9+3+6". In the demonstrations short chains are worked from left to
+The problems are chains of additions and subtractions, "7+5-9+3+6-2". In the demonstrations short chains are worked from left to
 right; of the chains as long as the problems, most are answered in one go, which a model this small mostly gets wrong. Greedy
 decoding of the warm-started model follows that habit. Reinforcement learning is told only which answers were right and has to find
 out that work pays."""
@@ -28,12 +28,12 @@ from qurl.warmstart import (
 class Settings:
     """What decides the outcome, besides the seed."""
 
-    min_numbers: int = 5  # in a problem; demonstrations start at 2
-    max_numbers: int = 7
+    min_numbers: int = 6  # in a problem; demonstrations start at 2
+    max_numbers: int = 8
     largest: int = 9  # each number is 1..largest, each partial result 0..99
     num_train: int = 8000
     num_held_out: int = 500
-    num_demonstrations: int = 26000
+    num_demonstrations: int = 24000
     direct_fraction: float = 0.65  # of the demonstrations with min_numbers or more
     vocab_size: int = 320
     hidden_size: int = 256
