@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def _sync_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
 
     from qurl.bench.sync import run_sync_bench
 
-    ray.init(address="local", include_dashboard=False, logging_level="ERROR")
+    ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
     try:
         return [dataclasses.asdict(row) for row in run_sync_bench(**options)]
     finally:

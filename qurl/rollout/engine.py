@@ -87,7 +87,7 @@ class RolloutEngine:
         Requests given together join the batch in the same step: what is computed together, and with it the last bit of a logprob,
         then does not depend on how fast they were handed over."""
         futures: list[Future[list[Rollout]]] = [Future() for _ in requests]
-        self._call(lambda: [self._add(request, future) for request, future in zip(requests, futures, strict=True)])
+        self._call(lambda: self._add_all(requests, futures))
         return futures
 
     def abort_all(self) -> Future[None]:
@@ -173,6 +173,10 @@ class RolloutEngine:
         for output in self._engine.step():
             if output.finished:
                 self._finish_sample(output)
+
+    def _add_all(self, requests: Sequence[GenerationRequest], futures: Sequence[Future[list[Rollout]]]) -> None:
+        for request, future in zip(requests, futures, strict=True):
+            self._add(request, future)
 
     def _add(self, request: GenerationRequest, future: Future[list[Rollout]]) -> None:
         self._pending[request.request_id] = _Pending(request=request, future=future, missing=len(request.seeds))

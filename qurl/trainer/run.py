@@ -167,7 +167,7 @@ def stop_token_ids(config: TrainConfig, tokenizer: Any) -> list[int]:
 
     found: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     try:
-        eos = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision).eos_token_id
+        eos = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision or "main").eos_token_id
     except OSError:  # the file is optional
         eos = None
     found |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}

@@ -29,13 +29,14 @@ def start_ray(config: TrainConfig) -> None:
     """Connect to cluster.address, or start a local Ray that ends with this process."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # silences a warning; a cluster's own setting wins
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.cluster.address is None:
         options |= {"address": "local", "include_dashboard": False}
     else:
         options |= {"address": config.cluster.address}
-    context = ray.init(**options)
-    logger.info("output of engines and learner ranks: %s/logs", context.address_info["session_dir"])
+    ray.init(**options)
+    logger.info("Ray session %s; its logs folder holds the output of engines and learner ranks",
+                ray.get_runtime_context().get_session_name())  # fmt: skip
 
 
 @contextlib.asynccontextmanager
