@@ -1,0 +1,28 @@
+"""The same short run over other engines, ranks, transports, formats and with overlap."""
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+VARIANTS = {
+    "overlap_on_two_engines": ("rollout.max_staleness=2", "rollout.num_engines=2", "quantization=none"),
+    "zero3_on_two_ranks_over_gloo": ("learner.num_ranks=2", "learner.zero_stage=3", "sync.transport=gloo"),
+    "bf16_learner_with_scaling_and_kl": (
+        "learner.dtype=bfloat16", "learner.zero_stage=1", "quantization=fp8_block", "algorithm=grpo_kl",
+        "quantization.update_awareness=invariant_scaling",
+    ),
+    "tensor_parallel_with_deltas": ("rollout.tensor_parallel_size=2", "sync.delta=true", "sync.audit_layers=0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_goes_through(command_line, name):
+    code, output = command_line.run(*command_line.train(name, *VARIANTS[name]))
+    assert code == 0, output
+    rows = command_line.metrics(name)
+    assert [row["sync/weight_version"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["sync/retry_count"] == 0 and row["rollout/engine_restart_count"] == 0 for row in rows)
+    assert all(0 <= row["rollout/staleness_max"] <= 2 for row in rows)
+    assert any(row["policy/grad_norm"] > 0 for row in rows)
+    if "overlap" in name:
+        assert max(row["rollout/staleness_max"] for row in rows) > 0
