@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE_CHARACTERS = 1000
+
 
 class ConfigError(ValueError):
     """The configuration cannot run; one line that names the key, what was given and what would work. Exit code 2."""
@@ -9,6 +11,18 @@ class ConfigError(ValueError):
 
 class GuardStop(RuntimeError):
     """A guard ended the run: non-finite loss, too many reward errors or engine restarts. Exit code 3."""
+
+
+def remote_cause(error: BaseException) -> BaseException:
+    """What a Ray actor raised, of the error that Ray raises in its place; any other error as it is."""
+    cause = getattr(error, "cause", None)  # of a RayTaskError, whose own text is the actor's traceback
+    return cause if isinstance(cause, Exception) else error
+
+
+def one_line(error: BaseException) -> str:
+    """The message in one line; where its class is none of those that we word for people, the class's name first."""
+    text = " ".join(str(error).split())[:MAX_MESSAGE_CHARACTERS]
+    return text if isinstance(error, ValueError | RuntimeError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 class NonFiniteLoss(GuardStop):

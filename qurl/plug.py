@@ -23,8 +23,10 @@ def resolve(table: Mapping[str, T], name: str, key: str) -> T:
         raise ValueError(f"{key}={name!r} is unknown; use one of {', '.join(sorted(table))}, or package.module:attribute")
     try:
         module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise ValueError(f"{key}={name!r}: cannot import {module_name!r} from this folder ({error})") from error
+    except Exception as error:  # trust boundary: somebody's module may raise anything while it is imported
+        raise ValueError(
+            f"{key}={name!r}: cannot import {module_name!r} from this folder ({type(error).__name__}: {error})"
+        ) from error
     if not hasattr(module, attribute):
         raise ValueError(f"{key}={name!r}: {module_name!r} has no attribute {attribute!r}")
     return getattr(module, attribute)
@@ -42,5 +44,9 @@ def _load_file(path: Path):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # half a module must not answer the next call
+        raise
     return module

@@ -1,6 +1,7 @@
 """The `qurl` command: which subcommands there are, and what an exit code means.
 
     0    done
+    1    the world failed: a process died, the disk is full; one line on stderr
     2    configuration or input error; one line on stderr says what, where and what would work
     3    stopped by a guard (non-finite loss, error rate, engine restarts)
     130  interrupted, after a checkpoint where there is something to save
@@ -16,9 +17,9 @@ import sys
 from collections.abc import Sequence
 
 from qurl import __version__
-from qurl.errors import GuardStop
+from qurl.errors import GuardStop, one_line
 
-EXIT_USER, EXIT_GUARD, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_FAILED, EXIT_USER, EXIT_GUARD, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 COMMANDS = {
     "train": "train a policy by reinforcement learning with verifiable rewards",
@@ -33,7 +34,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; returns the exit code. QURL_TRACEBACK=1 shows the traceback of a user error."""
+    """Run one command line; returns the exit code. QURL_TRACEBACK=1 shows the traceback of an error."""
     args = _parser(sys.argv[1:] if argv is None else list(argv))
     try:
         return importlib.import_module(f"qurl.cli.{args.command}").main(args)
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `qurl plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (RuntimeError, OSError) as error:
+        return _fail(error, EXIT_FAILED)
 
 
 def _parser(argv: list[str]) -> argparse.Namespace:
@@ -85,7 +88,7 @@ class _Parser(argparse.ArgumentParser):
 def _fail(error: BaseException, code: int) -> int:
     if os.environ.get("QURL_TRACEBACK") == "1":
         raise error
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return code
 
 

@@ -189,7 +189,7 @@ def _explain(error: BaseException, overrides: Sequence[str]) -> str:
     found = re.search(r"full_key: (\S+)", str(cause))
     key = found[1] if found else ""
     given = [line for line in overrides if key and line.lstrip("+").partition("=")[0] == key]
-    where = source or (f"{given[0]}: " if given else f"{key}: " if key else "")
+    where = source or (f"{given[-1]}: " if given else f"{key}: " if key else "")
     if key and "not in" in message[0]:
         return f"{where}unknown key {key!r}{_near(key, set(valid_keys()))}"
     return where + (message[0] if key else " ".join(message))

@@ -27,6 +27,12 @@ TRANSPORTS = {  # qurl.sync.TRANSPORTS by the device that they run on; sync itse
 }
 
 
+COUNTED_ARGS = {"max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes", "gpu_memory_utilization"}
+"""Engine arguments that planning computes with, or that fail deep in vLLM where they are no positive number."""
+
+MAX_SEED = 2**32 - 1  # numpy's
+
+
 def validate(config: TrainConfig) -> None:
     """Raises ConfigError, naming the key and a value that works, for the first thing that cannot run."""
     _run(config)
@@ -64,7 +70,7 @@ def _positive(section: str, config: Any, *names: str) -> None:
 
 def _run(config: TrainConfig) -> None:
     _at_least(1, "", config, "num_steps")
-    _at_least(0, "", config, "seed")
+    _require(0 <= config.seed <= MAX_SEED, "seed", config.seed, f"a number from 0 to {MAX_SEED}")
     name = config.run_name
     _require(bool(name) and name not in (".", "..") and "/" not in name, "run_name", repr(name), "a folder name without /")
     _require(bool(config.output_dir), "output_dir", "''", "a folder, e.g. runs")
@@ -117,6 +123,10 @@ def _rollout(config: RolloutConfig) -> None:
     _require(config.top_k == -1 or config.top_k >= 1, "rollout.top_k", config.top_k, "-1 (all tokens) or a number >= 1")
     dtypes = ("bfloat16", "float16", "float32")
     _require(config.dtype in dtypes, "rollout.engine_args.dtype", config.dtype, f"one of {', '.join(dtypes)}")
+    for name in COUNTED_ARGS & config.engine_args.keys():
+        value = config.engine_args[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(is_number and value > 0, f"rollout.engine_args.{name}", value, "a number > 0")
     _require(min(config.stop_token_ids, default=0) >= 0, "rollout.stop_token_ids", config.stop_token_ids, "token ids >= 0")
 
 
@@ -134,6 +144,7 @@ def _sync(config: SyncConfig) -> None:
     _at_least(1 << 10, "sync.", config, "bucket_bytes")
     _at_least(1, "sync.", config, "max_inflight_buckets")
     _at_least(0, "sync.", config, "max_retries", "audit_layers")
+    _positive("sync.", config, "timeout_s")
     _require(config.track_changes or not config.delta, "sync.delta", "true", "sync.track_changes=true with it, or sync.delta=false")
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
+from qurl.errors import remote_cause
 from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import Last, Metric, reduce_metrics
 from qurl.sync import EngineHandle, SendReport, merge_send_reports
@@ -172,8 +173,7 @@ def _cause(errors: list[BaseException]) -> BaseException:
     for error in errors:
         if isinstance(error, RayActorError):
             return LearnerDied(f"a learner rank died: {error}")
-    first = errors[0]
-    return first.cause if isinstance(first, RayTaskError) and isinstance(first.cause, Exception) else first
+    return remote_cause(errors[0])
 
 
 def _environment(device: str, threads: int) -> dict[str, str]:

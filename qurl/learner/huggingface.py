@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qurl.config import ModelConfig
+from qurl.errors import ConfigError
 
 TOKENIZER_FILES = [
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken",
@@ -17,14 +19,41 @@ TOKENIZER_FILES = [
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The causal language model of model.path on the CPU, in float32. Raises OSError where it cannot be read."""
-    return AutoModelForCausalLM.from_pretrained(
+    """The causal language model of model.path on the CPU, in float32.
+
+    Raises OSError where it cannot be read, ValueError where a weight is missing, has another shape or is not finite: transformers
+    would put random numbers in place of the first two."""
+    model, found = AutoModelForCausalLM.from_pretrained(
         config.path,
         revision=config.revision,
         dtype=torch.float32,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    wrong += [f"{name} has shape {tuple(a)}, config.json says {tuple(b)}" for name, a, b in sorted(found["mismatched_keys"])]
+    wrong += [f"{name} is not finite" for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"model.path={config.path}: {wrong[0]}{more}; give a complete checkpoint")
+    return model
+
+
+def check_weight_files(config: ModelConfig) -> None:
+    """Raises ConfigError where model.path is a folder without weights, or with a file that is cut short; reads no weight."""
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not list(folder.glob("*.bin")):
+        raise ConfigError(f"model.path={config.path} has no weights; give a folder that a Hugging Face model was saved to")
+    for file in files:
+        try:
+            safe_open(file, "pt").keys()
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"model.path={config.path}: {file.name} is damaged ({error}); copy or download it again") from error
 
 
 def copy_tokenizer(config: ModelConfig, folder: Path) -> None:

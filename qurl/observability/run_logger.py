@@ -28,7 +28,7 @@ class RunLogger:
     def __init__(self, run_dir: Path, config: LoggingConfig, num_steps: int, resolved_config: Mapping[str, Any]) -> None:
         """resolved_config: the whole run's as plain data, for wandb.
 
-        Raises RuntimeError where wandb is asked for and does not start, ValueError for a broken file of an earlier process."""
+        Raises ConfigError where wandb is asked for and does not start, ValueError for a broken file of an earlier process."""
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self._config = config

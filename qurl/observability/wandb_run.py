@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qurl.config.run import LoggingConfig, WandbMode
+from qurl.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -17,11 +18,11 @@ class WandbRun:
     """One wandb run. Its id is kept in <run_dir>/wandb_id.txt, so a resumed training goes on with the same run."""
 
     def __init__(self, config: LoggingConfig, run_dir: Path, resolved_config: Mapping[str, Any], run_id: str | None = None) -> None:
-        """run_id: overrides the kept one. Raises RuntimeError where wandb is missing or does not start."""
+        """run_id: overrides the kept one. Raises ConfigError where wandb is missing or does not start."""
         try:
             import wandb
         except ImportError as error:
-            raise RuntimeError(f"logging.wandb={config.wandb.value} needs the package wandb ({error}); use disabled") from error
+            raise ConfigError(f"logging.wandb={config.wandb.value} needs the package wandb ({error}); use disabled") from error
         id_file = run_dir / "wandb_id.txt"
         self.run_id = run_id or (id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4))
         self._failures = (wandb.Error, OSError, RuntimeError, ValueError)
@@ -32,7 +33,7 @@ class WandbRun:
                 config=dict(resolved_config), settings=wandb.Settings(console="off"),
             )
         except self._failures as error:
-            raise RuntimeError(
+            raise ConfigError(
                 f"logging.wandb={config.wandb.value} did not start ({error}); run `wandb login`, or use offline or disabled"
             ) from error
         id_file.write_text(self.run_id + "\n")

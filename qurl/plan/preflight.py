@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
@@ -13,7 +14,7 @@ from qurl.plan.model_facts import HUB_NAME, ModelFacts
 from qurl.plug import resolve
 from qurl.quantization import FORMATS, select_targets
 from qurl.rewards import REWARDS
-from qurl.rollout.vllm_engine import CONTROLLED_ARGS
+from qurl.rollout.vllm_engine import CONTROLLED_ARGS, known_engine_args
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -30,6 +31,12 @@ def check_names(config: TrainConfig) -> None:
     deepspeed_config(config.learner, 1)
     for name in sorted(CONTROLLED_ARGS & set(config.rollout.engine_args)):
         raise ConfigError(f"rollout.engine_args.{name} is set by qurl itself from other keys; remove it")
+    known = known_engine_args() if config.rollout.engine_args else frozenset()
+    for name in sorted(config.rollout.engine_args.keys() - known):
+        near = difflib.get_close_matches(name, sorted(known), n=3)
+        raise ConfigError(
+            f"rollout.engine_args.{name} is no argument of vLLM's engine" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
 
 
 def check_datasets(config: TrainConfig) -> None:
@@ -43,6 +50,8 @@ def _check_dataset(dataset: DatasetConfig, key: str) -> None:
     path = Path(dataset.path).expanduser()
     if path.is_file():
         return
+    if path.is_dir():
+        raise ConfigError(f"{key}={dataset.path} is a folder; give a file in it ({', '.join(FILE_SUFFIXES)})")
     if path.suffix in FILE_SUFFIXES or dataset.path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(dataset.path):
         raise ConfigError(f"{key}={dataset.path} does not exist; `qurl prepare NAME` makes a recipe's data, or give a hub dataset")
 
@@ -68,6 +77,15 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
             f"data.max_prompt_tokens + rollout.max_response_tokens (or evaluation's) = {longest} exceeds the model's "
             f"{model.max_position_embeddings} positions; lower one of them"
         )
+    limit = config.rollout.engine_args.get("max_model_len")
+    if limit is not None and limit < longest:
+        raise ConfigError(
+            f"rollout.engine_args.max_model_len={limit} is shorter than data.max_prompt_tokens + rollout.max_response_tokens (or "
+            f"evaluation's) = {longest}, which is its default; remove it"
+        )
+    beyond = [token for token in config.rollout.stop_token_ids if token >= model.vocab_size]
+    if beyond:
+        raise ConfigError(f"rollout.stop_token_ids={beyond[0]} is no token of the model, whose vocabulary has {model.vocab_size}")
     if config.quantization.format == "none":
         return frozenset()
     experts = [name for name in model.parameters if ".experts." in name]

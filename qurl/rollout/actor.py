@@ -17,9 +17,15 @@ MAX_CONCURRENCY = 4096  # calls of one actor that may wait at the same time
 
 
 class EngineActor:
-    """Async methods, so that status answers while the engine computes."""
+    """Async methods, so that status answers while the engine computes. `start` first: what it raises is the engine's own
+    exception, while Ray turns one of a constructor into text."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self._arguments = args, kwargs
+
+    async def start(self) -> None:
+        """Build the engine."""
+        args, kwargs = self._arguments
         self._engine = RolloutEngine(*args, **kwargs)
 
     @ray.method(num_returns="streaming")
@@ -87,7 +93,7 @@ def start_engine_actor(
     num_gpus: float,
     scheduling_strategy: Any = "DEFAULT",
 ) -> Any:
-    """Handle of a new engine actor; construction goes on in the background (`ray.get(handle.status.remote())` waits for it)."""
+    """Handle of a new engine actor; its `start` builds the engine."""
     options: dict[str, Any] = {
         "num_cpus": 0,  # threads are split by qurl.config, not by Ray
         "num_gpus": num_gpus,

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from qurl.config import RolloutConfig
-from qurl.errors import GuardStop
+from qurl.errors import GuardStop, one_line, remote_cause
 from qurl.rollout.request import GenerationRequest, Sampling, sample_seed
 from qurl.types import Prompt, Rollout, RolloutGroup
 
@@ -76,7 +76,7 @@ class RolloutPool:
     async def start(self) -> None:
         """Start all engines side by side and wait until they answer. Raises what the first failing one raised."""
         engines = [self._new_engine() for _ in range(self._config.num_engines)]
-        await asyncio.gather(*(engine.handle.status.remote() for engine in engines))
+        await asyncio.gather(*(_as_future(engine.handle.start.remote()) for engine in engines))
         self._engines = engines
         self._spawn(self._watch())
 
@@ -221,11 +221,11 @@ class RolloutPool:
     async def _replace(self) -> None:
         engine = self._new_engine()
         try:
-            await engine.handle.status.remote()
+            await engine.handle.start.remote()
             assert self.refresh is not None, "the trainer sets refresh before anything is sampled"
             await self.refresh(engine.handle, lambda: self._adopt(engine))
         except (RayError, RuntimeError) as error:
-            self._lose(engine, f"it did not start ({error})")
+            self._lose(engine, f"it did not start ({one_line(remote_cause(error))})")
 
     def _adopt(self, engine: _Engine) -> None:
         engine.ready = True

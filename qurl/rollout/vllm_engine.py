@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
@@ -13,6 +16,18 @@ CONTROLLED_ARGS = frozenset({
     "tensor_parallel_size", "skip_tokenizer_init", "weight_transfer_config", "seed",
 })  # fmt: skip
 """Engine arguments that qurl sets itself; `rollout.engine_args` must not name them."""
+
+
+def known_engine_args() -> frozenset[str]:
+    """What vLLM's EngineArgs take, read from its source: importing it takes ten seconds. Raises RuntimeError without vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("vLLM is not installed; `qurl doctor` says which version is needed")
+    source = Path(spec.origin).with_name("engine") / "arg_utils.py"
+    classes = (node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "EngineArgs")
+    fields = (node.target for node in next(classes).body if isinstance(node, ast.AnnAssign))
+    return frozenset(field.id for field in fields if isinstance(field, ast.Name))
+
 
 CPU_KV_CACHE_BYTES = 1 << 30
 

@@ -34,8 +34,13 @@ class Checkpoints:
         return folder
 
     def state(self, folder: Path) -> dict[str, Any]:
-        """What save() stored beside the learner's files."""
-        return json.loads((folder / TRAINER_STATE).read_text())
+        """What save() stored beside the learner's files. Raises ValueError where it cannot be read."""
+        try:
+            return json.loads((folder / TRAINER_STATE).read_text())
+        except ValueError as error:
+            pointer = folder.parent / "latest"
+            told = f"{folder / TRAINER_STATE} is damaged ({error}); write another step folder's name into {pointer}"
+            raise ValueError(told) from error
 
     async def save(self, step: int, state: dict[str, Any], save_learner: Callable[[Path], Awaitable[None]]) -> Path:
         """Write one. Raises RuntimeError where the disk is full; the previous one stays the latest."""

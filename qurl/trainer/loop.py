@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from qurl.config import TrainConfig
 from qurl.learner.group import LearnerGroup
@@ -21,17 +21,13 @@ from qurl.observability.timeline import Timeline
 from qurl.rollout.pool import RolloutPool
 from qurl.trainer.batch import check_reward_errors, rollout_metrics, training_samples
 from qurl.trainer.checkpoint import Checkpoints
+from qurl.trainer.interrupt import Interrupted, or_interrupt
 from qurl.trainer.producer import Batch, Producer
 from qurl.trainer.weights import PublishedWeights
 from qurl.types import ScoredGroup
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 PROGRESS_S = 0.5  # how often the console hears of rollouts under way
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the run checkpoints and ends."""
 
 
 @dataclass(kw_only=True)
@@ -86,11 +82,11 @@ class TrainingLoop:
     async def _rollouts(self, step: int) -> tuple[list[ScoredGroup], Batch]:
         with self.timeline.span("rollout"):
             self.log.stage("rollout", 0, self.config.rollout.num_prompts_per_step)
-            batch = await self.or_interrupt(self.producer.take(step))
+            batch = await or_interrupt(self.producer.take(step), self.interrupt)
             self._untrained = batch
             gathered = asyncio.gather(*batch.groups)
             async with self._progress(batch):
-                groups = await self.or_interrupt(gathered)
+                groups = await or_interrupt(gathered, self.interrupt)
         self.timeline.move("rollout", "reward", max(0.0, time.monotonic() - batch.last_sampled))
         return groups, batch
 
@@ -111,7 +107,8 @@ class TrainingLoop:
         if self.evaluate is None:
             return {}
         with self.timeline.span("eval"):
-            metrics = await self.or_interrupt(self.evaluate(lambda done, total: self.log.stage("eval", done, total)))
+            evaluation = self.evaluate(lambda done, total: self.log.stage("eval", done, total))
+            metrics = await or_interrupt(evaluation, self.interrupt)
         self.log.log_eval(self.completed, metrics)
         return metrics
 
@@ -160,15 +157,3 @@ class TrainingLoop:
             yield
         finally:
             task.cancel()
-
-    async def or_interrupt(self, awaitable: Awaitable[T]) -> T:
-        """The result, or Interrupted if that comes first (what was awaited is cancelled)."""
-        work = asyncio.ensure_future(awaitable)
-        stop = asyncio.ensure_future(self.interrupt.wait())
-        await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            stop.cancel()
-            return work.result()
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-        raise Interrupted

@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
+from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from qurl.config import TrainConfig
 from qurl.data import PromptStream, build_prompts, load_rows
-from qurl.errors import ConfigError, GuardStop
+from qurl.errors import ConfigError, GuardStop, one_line, remote_cause
+from qurl.learner.huggingface import check_weight_files
 from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
 from qurl.rewards import check_reward_function
 from qurl.trainer.checkpoint import Checkpoints
+from qurl.trainer.interrupt import Interrupted, on_signal
 from qurl.trainer.run_folder import RunFolder
 from qurl.types import Prompt
 
@@ -40,30 +43,55 @@ def run(config: TrainConfig) -> int:
         if state is not None and state["step"] == config.num_steps:
             logger.warning("%s is trained for all %d steps; raise num_steps to go on", folder.path, config.num_steps)
             return EXIT_DONE
+        check_weight_files(config.model)
         tokenizer = load_tokenizer(config)
         prompts, evaluation = load_prompts(config, tokenizer)
+        stop_ids = stop_token_ids(config, tokenizer)
+        check_vocabulary(config, [stop_ids, *(p.token_ids for p in [*prompts, *chain.from_iterable(evaluation.values())])])
+        stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
+        if state is not None:
+            stream.load_state_dict(state["stream"])
         log = RunLogger(folder.path, config.logging, config.num_steps, folder.resolved)
         try:
-            return asyncio.run(_train(config, folder.path, checkpoints, resume_from, state, tokenizer, prompts, evaluation, log))
-        except GuardStop as error:
-            logger.error("stopped: %s", error)
-            return EXIT_GUARD
-        except RuntimeError as error:  # a learner died, the disk is full: the world, not the user
-            logger.error("%s; the same command goes on from the last checkpoint", error)
-            return EXIT_FAILED
+            from qurl.trainer.start import ray_session
+
+            log.stage("start")
+            with ray_session(config) as ray_logs:
+                return asyncio.run(_train(config, folder.path, ray_logs, checkpoints, resume_from, state, tokenizer, stop_ids,
+                                          stream, evaluation, log))  # fmt: skip
+        except Interrupted:
+            return EXIT_INTERRUPTED
+        except asyncio.CancelledError:
+            logger.warning("ended without a checkpoint")
+            return EXIT_INTERRUPTED
+        except Exception as error:  # whatever ends a run is one line for the user; log.txt has the whole of it
+            logger.info("what ended the run", exc_info=error)
+            return _exit_code(remote_cause(error), checkpoints)
         finally:
             log.close()
+
+
+def _exit_code(error: BaseException, checkpoints: Checkpoints) -> int:
+    """Report what ended the run. Raises it where it is the user's to change."""
+    if isinstance(error, ValueError):
+        raise error
+    if isinstance(error, GuardStop):
+        logger.error("stopped: %s", error)
+        return EXIT_GUARD
+    hint = "; the same command goes on from the last checkpoint" if checkpoints.latest() else ""
+    logger.error("%s%s", one_line(error), hint)  # a learner died, the disk is full: the world, not the user
+    return EXIT_FAILED
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
     """The policy's tokenizer. Raises ConfigError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    path = config.model.tokenizer or config.model.path
+    key, path = ("model.tokenizer", config.model.tokenizer) if config.model.tokenizer else ("model.path", config.model.path)
     try:
         return AutoTokenizer.from_pretrained(path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path!r}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"{key}={path}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
 
 
 def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
@@ -85,33 +113,32 @@ def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dic
 async def _train(
     config: TrainConfig,
     run_dir: Path,
+    ray_logs: Path,
     checkpoints: Checkpoints,
     resume_from: Path | None,
     state: dict[str, Any] | None,
     tokenizer: Any,
-    prompts: list[Prompt],
+    stop_ids: list[int],
+    stream: PromptStream,
     evaluation: dict[str, list[Prompt]],
     log: RunLogger,
 ) -> int:
     from qurl.rollout.pool import training_sampling
     from qurl.trainer.evaluate import evaluate, evaluation_sampling
-    from qurl.trainer.loop import Interrupted, TrainingLoop
+    from qurl.trainer.loop import TrainingLoop
     from qurl.trainer.producer import Producer
     from qurl.trainer.start import started_parts
     from qurl.trainer.weights import PublishedWeights
 
-    stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
     completed = 0
     if state is not None:
         completed = state["step"]
-        stream.load_state_dict(state["stream"])
         log.load_state_dict(state["logger"])
         logger.info("going on after step %d of %s", completed, run_dir)
     interrupt = asyncio.Event()
-    _on_signal(interrupt)
+    on_signal(interrupt)
     timeline = Timeline(run_dir / "timeline.json")
-    stop_ids = stop_token_ids(config, tokenizer)
-    async with started_parts(config, run_dir, tokenizer, resume_from, log) as (learner, pool, rewards):
+    async with started_parts(config, run_dir, ray_logs, tokenizer, resume_from, interrupt) as (learner, pool, rewards):
         weights = PublishedWeights(config.sync, learner, pool)
         sampling = training_sampling(config.rollout, stop_ids)
         producer = Producer(
@@ -142,23 +169,24 @@ async def _train(
             await loop.run()
         except Interrupted:
             logger.warning("interrupted after step %d; the same command goes on from here", loop.completed)
-            return EXIT_INTERRUPTED
+            raise
         finally:
             await producer.close()
     return EXIT_DONE
 
 
-def _on_signal(interrupt: asyncio.Event) -> None:
-    """The first Ctrl-C or SIGTERM asks for a checkpoint; the second one ends the process at once."""
-    loop = asyncio.get_running_loop()
+def check_vocabulary(config: TrainConfig, token_ids: Iterable[list[int]]) -> None:
+    """Raises ConfigError where the tokenizer made tokens that the model does not have."""
+    from transformers import AutoConfig
 
-    def ask(number: signal.Signals) -> None:
-        interrupt.set()
-        loop.remove_signal_handler(number)
-        logger.warning("%s: writing a checkpoint; once more ends the run without one", number.name)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ask, number)
+    found = AutoConfig.from_pretrained(
+        config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    )
+    size, largest = found.get_text_config().vocab_size, max(map(max, token_ids))
+    if largest >= size:
+        tokenizer = config.model.tokenizer or config.model.path
+        raise ConfigError(f"model.tokenizer={tokenizer} is another model's: it makes token {largest}, the vocabulary of "
+                          f"model.path={config.model.path} has {size}")  # fmt: skip
 
 
 def stop_token_ids(config: TrainConfig, tokenizer: Any) -> list[int]:

@@ -39,8 +39,15 @@ class RunFolder:
         except OSError as error:
             self._lock.close()
             raise ConfigError(f"run_name={self.path.name}: another process trains in {self.path}; use another run_name") from error
-        self._refuse_other_config()
-        (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
+        try:
+            self._refuse_other_config()
+            (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
+        except OSError as error:
+            self._lock.close()
+            raise ConfigError(f"output_dir={self.path.parent}: {error.filename} cannot be written ({error.strerror})") from error
+        except ConfigError:
+            self._lock.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -51,11 +58,14 @@ class RunFolder:
         saved = self.path / "config.yaml"
         if not (self.path / "checkpoints" / "latest").exists() or not saved.exists():
             return
-        before = flat({k: v for k, v in yaml.safe_load(saved.read_text()).items() if k not in FREE_KEYS})
+        try:
+            content = dict(yaml.safe_load(saved.read_text()))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"{saved} is damaged; remove it to go on with these arguments, or choose another run_name") from error
+        before = flat({k: v for k, v in content.items() if k not in FREE_KEYS})
         now = flat({k: v for k, v in self.resolved.items() if k not in FREE_KEYS})
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
-            self._lock.close() if self._lock else None
             key = changed[0]
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ConfigError(f"{key}={now.get(key)}: the run in {self.path} was started with {before.get(key)}{more}; "

@@ -1,4 +1,4 @@
-"""Start Ray, the learner, the pool and the reward processes side by side, and end them in any case."""
+"""Start Ray, then the learner, the pool and the reward processes side by side, and end them in any case."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,57 +15,90 @@ import ray
 
 from qurl.config import TrainConfig
 from qurl.config.placement import Placement, place
+from qurl.errors import ConfigError, one_line, remote_cause
 from qurl.learner.group import LearnerGroup
-from qurl.observability.run_logger import RunLogger
 from qurl.rewards import RewardPool
 from qurl.rollout.actor import start_engine_actor
 from qurl.rollout.pool import RolloutPool
 from qurl.sync.transports import AUTO, choose_transport
+from qurl.trainer.interrupt import or_interrupt
 
 logger = logging.getLogger(__name__)
 
 
-def start_ray(config: TrainConfig) -> None:
-    """Connect to cluster.address, or start a local Ray that ends with this process."""
+@contextlib.contextmanager
+def ray_session(config: TrainConfig) -> Iterator[Path]:
+    """Connect to cluster.address, or start a local Ray that ends with the context. Yields the folder of Ray's logs.
+
+    Raises ConfigError where nothing answers at cluster.address."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # silences a warning; a cluster's own setting wins
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.cluster.address is None:
         options |= {"address": "local", "include_dashboard": False}
     else:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # or each attempt to connect is a warning
         options |= {"address": config.cluster.address}
-    ray.init(**options)
-    logger.info("Ray session %s; its logs folder holds the output of engines and learner ranks",
-                ray.get_runtime_context().get_session_name())  # fmt: skip
+    try:
+        context = ray.init(**options)
+    except ConnectionError as error:
+        raise ConfigError(
+            f"cluster.address={config.cluster.address}: no Ray cluster answers ({one_line(error)}); start one with "
+            "`ray start --head`, or use cluster.address=null"
+        ) from error
+    logs = Path(context.address_info["session_dir"]) / "logs"
+    logger.info("%s holds the output of engines and learner ranks", logs)
+    try:
+        yield logs
+    finally:
+        ray.shutdown()
 
 
 @contextlib.asynccontextmanager
 async def started_parts(
-    config: TrainConfig, run_dir: Path, tokenizer: Any, resume_from: Path | None, log: RunLogger
+    config: TrainConfig, run_dir: Path, ray_logs: Path, tokenizer: Any, resume_from: Path | None, interrupt: asyncio.Event
 ) -> AsyncIterator[tuple[LearnerGroup, RolloutPool, RewardPool]]:
-    """Learner (with the checkpoint's state), pool (engines up, without weights) and reward pool."""
-    log.stage("start")
-    start_ray(config)
-    try:
-        placement = place(config)
-        learner = _learner(config, placement, run_dir)
-        pool = RolloutPool(
-            config.rollout,
-            lambda engine_id: _start_engine(config, placement, engine_id),
-            run_seed=config.seed,
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        )
-        rewards = RewardPool(config.reward)
-        try:
-            await asyncio.gather(learner.start(), pool.start(), rewards.start())
-            if resume_from is not None:
+    """Learner (with the checkpoint's state), pool (engines up, without weights) and reward pool.
+
+    Raises Interrupted where `interrupt` comes first, ValueError for what the user must change, else RuntimeError."""
+    placement = place(config)
+    learner = _learner(config, placement, run_dir)
+    pool = RolloutPool(
+        config.rollout,
+        lambda engine_id: _start_engine(config, placement, engine_id),
+        run_seed=config.seed,
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    )
+    rewards = RewardPool(config.reward)
+
+    async def start_learner() -> None:
+        with _naming("the learner did not start", ray_logs):
+            await learner.start()
+        if resume_from is not None:
+            with _naming(f"checkpoint {resume_from} cannot be loaded", ray_logs):
                 await learner.load_checkpoint(resume_from)
-            yield learner, pool, rewards
-        finally:
-            learner.close()
-            await asyncio.gather(pool.close(), rewards.close(), return_exceptions=True)
+
+    async def start_pool() -> None:
+        with _naming("the rollout engine did not start", ray_logs):
+            await pool.start()
+
+    try:
+        await or_interrupt(asyncio.gather(start_learner(), start_pool(), rewards.start()), interrupt)
+        yield learner, pool, rewards
     finally:
-        ray.shutdown()
+        learner.close()
+        await asyncio.gather(pool.close(), rewards.close(), return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _naming(what: str, ray_logs: Path) -> Iterator[None]:
+    """Says what failed, and where its output is: ValueError if an actor raised one, RuntimeError for all else."""
+    try:
+        yield
+    except Exception as error:  # trust boundary: vLLM, DeepSpeed and transformers raise whatever they like
+        cause = remote_cause(error)
+        kind = ValueError if isinstance(cause, ValueError) else RuntimeError
+        raise kind(f"{what}: {one_line(cause)}; the whole output is in {ray_logs}") from error
 
 
 def _learner(config: TrainConfig, placement: Placement, run_dir: Path) -> LearnerGroup:

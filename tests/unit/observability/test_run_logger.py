@@ -173,6 +173,6 @@ def test_wandb_starts_resumes_its_run_and_survives_its_own_failures(new_logger, 
 def test_wandb_that_cannot_start_stops_the_run_before_it_begins(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     handlers = list(logging.getLogger().handlers)
-    with pytest.raises(RuntimeError, match=r"logging\.wandb=offline"):
+    with pytest.raises(ValueError, match=r"logging\.wandb=offline"):
         RunLogger(tmp_path / "run", LoggingConfig(wandb=WandbMode.offline), 10, {})
     assert logging.getLogger().handlers == handlers

@@ -33,7 +33,7 @@ class FakeEngine:
         self.busy_s = 0.0
         self.answers = True
         self.generate = SimpleNamespace(remote=self._generate)
-        self.status = Method(self._status)
+        self.start = self.status = Method(self._status)
 
     async def _generate(self, requests):
         self.requests += requests

@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM: asked once, the run ends in order; asked twice, at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM; the run ends, after a checkpoint where there is something to save."""
+
+
+def on_signal(interrupt: asyncio.Event) -> None:
+    """The first signal sets `interrupt`; the next one cancels the calling task, so that what it started is still torn down.
+
+    Call it again after ray.init, which puts a handler of its own in place."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def ask(number: signal.Signals) -> None:
+        if interrupt.is_set():
+            task.cancel()
+            return
+        interrupt.set()
+        logger.warning("%s: ending the run in order; once more ends it without a checkpoint", number.name)
+
+    for number in SIGNALS:
+        loop.add_signal_handler(number, ask, number)
+
+
+async def or_interrupt(awaitable: Awaitable[T], interrupt: asyncio.Event) -> T:
+    """The result, or Interrupted if that comes first (what was awaited is cancelled)."""
+    work = asyncio.ensure_future(awaitable)
+    stop = asyncio.ensure_future(interrupt.wait())
+    try:
+        await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+        if not work.done():
+            work.cancel()
+    if work.done():
+        return work.result()
+    await asyncio.gather(work, return_exceptions=True)
+    raise Interrupted
