@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -23,7 +24,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
     Raises OSError where it cannot be read, ValueError where a weight is missing, has another shape or is not finite: transformers
     would put random numbers in place of the first two."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         config.path,
         revision=config.revision,
         dtype=torch.float32,
@@ -32,6 +33,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    model, found = loaded
     wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
     wrong += [f"{name} has shape {tuple(a)}, config.json says {tuple(b)}" for name, a, b in sorted(found["mismatched_keys"])]
     wrong += [f"{name} is not finite" for name, weight in model.named_parameters() if not weight.isfinite().all()]

@@ -66,12 +66,12 @@ def run(config: TrainConfig) -> int:
             return EXIT_INTERRUPTED
         except Exception as error:  # whatever ends a run is one line for the user; log.txt has the whole of it
             logger.info("what ended the run", exc_info=error)
-            return _exit_code(remote_cause(error), checkpoints)
+            return end(remote_cause(error), checkpoints)
         finally:
             log.close()
 
 
-def _exit_code(error: BaseException, checkpoints: Checkpoints) -> int:
+def end(error: BaseException, checkpoints: Checkpoints) -> int:
     """Report what ended the run. Raises it where it is the user's to change."""
     if isinstance(error, ValueError):
         raise error

@@ -40,7 +40,7 @@ def ray_session(config: TrainConfig) -> Iterator[Path]:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # or each attempt to connect is a warning
         options |= {"address": config.cluster.address}
     try:
-        context = ray.init(**options)
+        context: Any = ray.init(**options)
     except ConnectionError as error:
         raise ConfigError(
             f"cluster.address={config.cluster.address}: no Ray cluster answers ({one_line(error)}); start one with "
@@ -72,14 +72,14 @@ async def started_parts(
     rewards = RewardPool(config.reward)
 
     async def start_learner() -> None:
-        with _naming("the learner did not start", ray_logs):
+        with naming("the learner did not start", ray_logs):
             await learner.start()
         if resume_from is not None:
-            with _naming(f"checkpoint {resume_from} cannot be loaded", ray_logs):
+            with naming(f"checkpoint {resume_from} cannot be loaded", ray_logs):
                 await learner.load_checkpoint(resume_from)
 
     async def start_pool() -> None:
-        with _naming("the rollout engine did not start", ray_logs):
+        with naming("the rollout engine did not start", ray_logs):
             await pool.start()
 
     try:
@@ -91,7 +91,7 @@ async def started_parts(
 
 
 @contextlib.contextmanager
-def _naming(what: str, ray_logs: Path) -> Iterator[None]:
+def naming(what: str, ray_logs: Path) -> Iterator[None]:
     """Says what failed, and where its output is: ValueError if an actor raised one, RuntimeError for all else."""
     try:
         yield

@@ -10,6 +10,8 @@ NEEDED = ["model.path=some/model", "data.train.path=some/data"]
 
 REFUSED = [
     ("num_steps=0", "num_steps"),
+    ("seed=-1", "seed"),
+    ("seed=4294967296", "seed"),
     ("run_name=a/b", "run_name"),
     ("run_name=''", "run_name"),
     ("data.train.path=''", "data.train.path"),
@@ -44,6 +46,9 @@ REFUSED = [
     ("learner.num_ranks=1000", "learner.num_ranks"),
     ("learner.max_tokens_per_micro_batch=2047", "2048"),
     ("sync.transport=pigeon", "sync.transport"),
+    ("rollout.engine_args.max_num_seqs=many", "rollout.engine_args.max_num_seqs"),
+    ("rollout.engine_args.max_model_len=0", "rollout.engine_args.max_model_len"),
+    ("sync.timeout_s=0", "sync.timeout_s"),
     ("sync.bucket_bytes=0", "sync.bucket_bytes"),
     ("sync.max_inflight_buckets=0", "sync.max_inflight_buckets"),
     ("reward.timeout_s=0", "reward.timeout_s"),

@@ -60,3 +60,11 @@ def test_a_pointer_to_an_incomplete_folder_is_refused_by_name(tmp_path):
     (checkpoints.latest() / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match="step_000001, which is incomplete"):
         checkpoints.latest()
+
+
+def test_a_damaged_state_is_refused_by_name(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    folder = save(checkpoints, 1)
+    (folder / "trainer_state.json").write_text('{"step": ')
+    with pytest.raises(ValueError, match=r"step_000001/trainer_state\.json is damaged"):
+        checkpoints.state(folder)

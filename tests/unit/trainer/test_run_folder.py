@@ -51,6 +51,18 @@ def test_a_longer_run_is_the_same_run(tmp_path):
         pass
 
 
+def test_a_damaged_configuration_of_the_run_is_an_input_error_and_leaves_no_lock(tmp_path):
+    with RunFolder(config(tmp_path)):
+        checkpoint(tmp_path)
+    for content in ("", "[1", "- 1"):
+        (tmp_path / "r" / "config.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=r"config\.yaml is damaged; remove it"):
+            RunFolder(config(tmp_path)).__enter__()
+    (tmp_path / "r" / "config.yaml").unlink()
+    with RunFolder(config(tmp_path)):
+        pass
+
+
 def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="output_dir="):

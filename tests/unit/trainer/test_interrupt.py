@@ -1,0 +1,43 @@
+"""The first signal asks, the second one insists."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from qurl.trainer.interrupt import Interrupted, on_signal, or_interrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_is_waited_for_and_a_second_one_cancels_the_run(number):
+    cleaned = []
+
+    async def run():
+        interrupt = asyncio.Event()
+        on_signal(interrupt)
+        try:
+            os.kill(os.getpid(), number)
+            with pytest.raises(Interrupted):
+                await or_interrupt(asyncio.Event().wait(), interrupt)
+            os.kill(os.getpid(), number)
+            await asyncio.Event().wait()
+        finally:
+            cleaned.append("torn down")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(run())
+    assert cleaned == ["torn down"]
+
+
+def test_what_is_done_wins_over_an_interrupt_and_an_error_passes():
+    async def run():
+        interrupt = asyncio.Event()
+        assert await or_interrupt(asyncio.sleep(0, 5), interrupt) == 5
+        failed = asyncio.get_running_loop().create_future()
+        failed.set_exception(RuntimeError("full"))
+        interrupt.set()
+        with pytest.raises(RuntimeError, match="full"):
+            await or_interrupt(failed, interrupt)
+
+    asyncio.run(run())

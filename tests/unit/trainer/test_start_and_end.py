@@ -1,0 +1,55 @@
+"""What a run says when a part of it does not start, and with which code it ends."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from qurl.config import TrainConfig
+from qurl.errors import ConfigError, GuardStop
+from qurl.trainer.checkpoint import Checkpoints
+from qurl.trainer.run import EXIT_FAILED, EXIT_GUARD, check_vocabulary, end
+from qurl.trainer.start import naming
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (ValueError("model.path=x:\n broken"), ValueError, "the learner did not start: model.path=x: broken; the whole output"),
+        (KeyError("boom"), RuntimeError, "the learner did not start: KeyError: 'boom'; the whole output is in /logs"),
+    ],
+)
+def test_a_failed_start_is_one_line_that_names_the_part_and_its_output(raised, kind, told):
+    with pytest.raises(kind) as caught, naming("the learner did not start", Path("/logs")):
+        raise raised
+    assert type(caught.value) is kind and str(caught.value).startswith(told)
+
+
+def test_the_user_s_errors_pass_and_all_others_become_an_exit_code(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    with pytest.raises(ConfigError):
+        end(ConfigError("a=1"), checkpoints)
+    assert end(GuardStop("loss"), checkpoints) == EXIT_GUARD
+    with caplog.at_level(logging.ERROR):
+        assert end(OSError(28, "No space left on device"), checkpoints) == EXIT_FAILED
+    assert caplog.messages[-1] == "OSError: [Errno 28] No space left on device"
+
+
+def test_the_hint_to_go_on_needs_a_checkpoint(tmp_path, caplog):
+    folder = tmp_path / "checkpoints" / "step_000001"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    (folder.parent / "latest").write_text(folder.name)
+    end(RuntimeError("a learner rank died"), Checkpoints(tmp_path, keep_last=1))
+    assert caplog.messages[-1] == "a learner rank died; the same command goes on from the last checkpoint"
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    from transformers import Qwen2Config
+
+    Qwen2Config(vocab_size=50).save_pretrained(tmp_path)
+    config = TrainConfig()
+    config.model.path = str(tmp_path)
+    check_vocabulary(config, [[0, 49], [3]])
+    with pytest.raises(ConfigError, match="it makes token 50, the vocabulary of .* has 50"):
+        check_vocabulary(config, [[0, 49], [50]])
