@@ -154,14 +154,16 @@ class LearnerGroup:
     async def _gather(self, references: Sequence[Any]) -> list[Any]:
         """The results in order, or the failure that caused the others."""
         tasks = [asyncio.ensure_future(_result(reference)) for reference in references]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if any(task.done() and task.exception() for task in tasks):
-            await asyncio.wait(tasks, timeout=GRACE_S)
-            errors = [error for task in tasks if task.done() and (error := task.exception())]
-            for task in tasks:
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if any(task.done() and task.exception() for task in tasks):
+                await asyncio.wait(tasks, timeout=GRACE_S)
+                errors = [error for task in tasks if task.done() and (error := task.exception())]
+                raise _cause(errors) from errors[0]  # whose text is the traceback in the rank
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:  # those of a group that failed, or whose caller gave up
                 task.cancel()
-            raise _cause(errors) from errors[0]  # whose text is the traceback in the rank
-        return [task.result() for task in tasks]
 
 
 async def _result(reference: Any) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from qurl.trainer.interrupt import or_interrupt
 
 logger = logging.getLogger(__name__)
 
+CONNECT_TIMEOUT_S = 10.0
+
 
 @contextlib.contextmanager
 def ray_session(config: TrainConfig) -> Iterator[Path]:
@@ -37,11 +40,11 @@ def ray_session(config: TrainConfig) -> Iterator[Path]:
     if config.cluster.address is None:
         options |= {"address": "local", "include_dashboard": False}
     else:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # or each attempt to connect is a warning
         options |= {"address": config.cluster.address}
     try:
+        _probe(config.cluster.address)
         context: Any = ray.init(**options)
-    except ConnectionError as error:
+    except OSError as error:
         raise ConfigError(
             f"cluster.address={config.cluster.address}: no Ray cluster answers ({one_line(error)}); start one with "
             "`ray start --head`, or use cluster.address=null"
@@ -52,6 +55,13 @@ def ray_session(config: TrainConfig) -> Iterator[Path]:
         yield logs
     finally:
         ray.shutdown()
+
+
+def _probe(address: str | None) -> None:
+    """Raises OSError where nothing listens at host:port; Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition("//")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 @contextlib.asynccontextmanager

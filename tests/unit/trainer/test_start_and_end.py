@@ -1,6 +1,7 @@
 """What a run says when a part of it does not start, and with which code it ends."""
 
 import logging
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from qurl.config import TrainConfig
 from qurl.errors import ConfigError, GuardStop
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.run import EXIT_FAILED, EXIT_GUARD, check_vocabulary, end
-from qurl.trainer.start import naming
+from qurl.trainer.start import naming, ray_session
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,12 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     check_vocabulary(config, [[0, 49], [3]])
     with pytest.raises(ConfigError, match="it makes token 50, the vocabulary of .* has 50"):
         check_vocabulary(config, [[0, 49], [50]])
+
+
+def test_a_cluster_that_does_not_answer_is_an_input_error_at_once():
+    with socket.socket() as reserved:  # bound, but nobody listens
+        reserved.bind(("127.0.0.1", 0))
+        config = TrainConfig()
+        config.cluster.address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=r"cluster\.address=127\.0\.0\.1:\d+: no Ray cluster answers"), ray_session(config):
+            pass
