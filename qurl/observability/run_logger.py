@@ -8,6 +8,7 @@ A resumed run repeats the steps after its checkpoint: the first step it logs rep
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,9 +96,20 @@ class RunLogger:
         self._log_handlers = []
 
 
+class _LogFile(logging.FileHandler):
+    """On a full disk the run itself says so, once; logging would print a traceback per record."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the record."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def _attach_log_handlers(path: Path) -> list[logging.Handler]:
     """log.txt gets qurl's records from INFO and everybody's from WARNING; standard error keeps getting warnings."""
-    to_file = logging.FileHandler(path, encoding="utf-8")
+    to_file = _LogFile(path, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     handlers: list[logging.Handler] = [to_file]

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from qurl.errors import one_line
+
 TRAINER_STATE = "trainer_state.json"
 
 
@@ -43,11 +45,12 @@ class Checkpoints:
             raise ValueError(told) from error
 
     async def save(self, step: int, state: dict[str, Any], save_learner: Callable[[Path], Awaitable[None]]) -> Path:
-        """Write one. Raises RuntimeError where the disk is full; the previous one stays the latest."""
+        """Write one. Raises RuntimeError where the disk is full; the previous one, if any, stays the latest."""
         name = f"step_{step:06d}"
         partial = self._dir / f".partial_{name}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self._dir.glob(".partial_*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             await save_learner(partial)
             _write(partial / TRAINER_STATE, json.dumps(state))
@@ -55,10 +58,12 @@ class Checkpoints:
             partial.rename(self._dir / name)
             _write(self._dir / ".latest", name)
             (self._dir / ".latest").replace(self._dir / "latest")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's word for a full disk is a RuntimeError
+            free = shutil.disk_usage(self._dir).free >> 20
             shutil.rmtree(partial, ignore_errors=True)
-            message = f"checkpoint of step {step} was not written: {error}; the previous one is still the latest"
-            raise RuntimeError(message) from error
+            kept = "the previous one is still the latest" if (self._dir / "latest").exists() else "there is no earlier one"
+            told = f"checkpoint of step {step} was not written ({free} MiB were free in {self._dir}): {one_line(error)}; {kept}"
+            raise RuntimeError(told) from error
         self._prune()
         return self._dir / name
 
