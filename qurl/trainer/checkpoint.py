@@ -16,6 +16,7 @@ from typing import Any
 from qurl.errors import one_line
 
 TRAINER_STATE = "trainer_state.json"
+FILES = "files"  # its entry about the files beside it
 
 
 class Checkpoints:
@@ -36,13 +37,17 @@ class Checkpoints:
         return folder
 
     def state(self, folder: Path) -> dict[str, Any]:
-        """What save() stored beside the learner's files. Raises ValueError where it cannot be read."""
+        """What save() stored beside the learner's files. Raises ValueError where it or one of those files is not whole."""
         try:
-            return json.loads((folder / TRAINER_STATE).read_text())
-        except ValueError as error:
-            pointer = folder.parent / "latest"
-            told = f"{folder / TRAINER_STATE} is damaged ({error}); write another step folder's name into {pointer}"
-            raise ValueError(told) from error
+            state = json.loads((folder / TRAINER_STATE).read_text())
+            written = state.pop(FILES)
+        except (ValueError, KeyError) as error:
+            raise _damaged(folder, f"{TRAINER_STATE} is not readable: {one_line(error)}") from error
+        found = _file_sizes(folder)
+        for name, size in written.items():
+            if found.get(name) != size:
+                raise _damaged(folder, f"{name} has {found.get(name, 0)} of {size} bytes")
+        return state
 
     async def save(self, step: int, state: dict[str, Any], save_learner: Callable[[Path], Awaitable[None]]) -> Path:
         """Write one. Raises RuntimeError where the disk is full; the previous one, if any, stays the latest."""
@@ -53,7 +58,7 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             await save_learner(partial)
-            _write(partial / TRAINER_STATE, json.dumps(state))
+            _write(partial / TRAINER_STATE, json.dumps({**state, FILES: _file_sizes(partial)}))
             shutil.rmtree(self._dir / name, ignore_errors=True)
             partial.rename(self._dir / name)
             _write(self._dir / ".latest", name)
@@ -71,6 +76,16 @@ class Checkpoints:
         steps = sorted(p for p in self._dir.iterdir() if re.fullmatch(r"step_\d{6,}", p.name))
         for old in steps[: -self._keep_last]:
             shutil.rmtree(old)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file but the state itself, by path below `folder`."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != TRAINER_STATE)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _damaged(folder: Path, what: str) -> ValueError:
+    return ValueError(f"checkpoint {folder} is damaged: {what}; write another step folder's name into {folder.parent / 'latest'}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ import yaml
 from qurl.config import TrainConfig
 from qurl.errors import ConfigError
 
-FREE_KEYS = frozenset({"num_steps", "output_dir", "logging", "evaluation", "checkpoint", "cluster"})
+FREE_KEYS = frozenset({"num_steps", "run_name", "output_dir", "logging", "evaluation", "checkpoint", "cluster"})
 """What may differ between the command that started a run and the one that resumes it: nothing of it changes what is learned."""
 
 

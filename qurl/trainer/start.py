@@ -45,6 +45,8 @@ def ray_session(config: TrainConfig) -> Iterator[Path]:
         _probe(config.cluster.address)
         context: Any = ray.init(**options)
     except OSError as error:
+        if config.cluster.address is None:
+            raise RuntimeError(f"a local Ray did not start: {one_line(error)}") from error
         raise ConfigError(
             f"cluster.address={config.cluster.address}: no Ray cluster answers ({one_line(error)}); start one with "
             "`ray start --head`, or use cluster.address=null"
@@ -85,7 +87,7 @@ async def started_parts(
         with naming("the learner did not start", ray_logs):
             await learner.start()
         if resume_from is not None:
-            with naming(f"checkpoint {resume_from} cannot be loaded", ray_logs):
+            with naming(f"checkpoint {resume_from} was not loaded", ray_logs):
                 await learner.load_checkpoint(resume_from)
 
     async def start_pool() -> None:

@@ -30,7 +30,7 @@ def test_latest_is_the_newest_complete_checkpoint(tmp_path):
 def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=2)
     save(checkpoints, 1)
-    full = {"No space left": OSError(errno.ENOSPC, "No space left on device"), "unexpected pos": RuntimeError("unexpected pos 64 vs 8")}
+    full = {"No space left": OSError(errno.ENOSPC, "No space left on device"), "unexpected pos": RuntimeError("unexpected pos 64")}
     for told, error in full.items():  # torch's own word for it is the second
         with pytest.raises(RuntimeError, match=rf"step 2 was not written \(\d+ MiB .*{told}.*previous one is still the latest"):
             save(checkpoints, 2, fail=error)
@@ -68,6 +68,18 @@ def test_a_pointer_to_an_incomplete_folder_is_refused_by_name(tmp_path):
 def test_a_damaged_state_is_refused_by_name(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     folder = save(checkpoints, 1)
-    (folder / "trainer_state.json").write_text('{"step": ')
-    with pytest.raises(ValueError, match=r"step_000001/trainer_state\.json is damaged"):
+    for content in ('{"step": ', '{"step": 1}'):
+        (folder / "trainer_state.json").write_text(content)
+        with pytest.raises(ValueError, match=r"step_000001 is damaged: trainer_state\.json is not readable"):
+            checkpoints.state(folder)
+
+
+def test_a_learner_file_that_is_cut_short_or_gone_is_refused_by_name(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    folder = save(checkpoints, 1)
+    (folder / "weights").write_text("wei")
+    with pytest.raises(ValueError, match="weights has 3 of 7 bytes; write another step folder's name into .*latest"):
+        checkpoints.state(folder)
+    (folder / "weights").unlink()
+    with pytest.raises(ValueError, match="weights has 0 of 7 bytes"):
         checkpoints.state(folder)
