@@ -23,7 +23,7 @@ def resolve(table: Mapping[str, T], name: str, key: str) -> T:
         raise ValueError(f"{key}={name!r} is unknown; use one of {', '.join(sorted(table))}, or package.module:attribute")
     try:
         module = _load_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except Exception as error:  # trust boundary: somebody's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # trust boundary: somebody's module may raise anything while it is imported
         raise ValueError(
             f"{key}={name!r}: cannot import {module_name!r} from this folder ({type(error).__name__}: {error})"
         ) from error
