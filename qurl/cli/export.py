@@ -41,30 +41,29 @@ def main(args: argparse.Namespace) -> int:
 
 async def _export_run(run_dir: Path, out: Path) -> None:
     """Load the run's latest checkpoint with as many ranks as wrote it, and write its weights."""
-    import ray
-
     from qurl.config.compose import load_config
     from qurl.config.placement import place
     from qurl.learner.group import LearnerGroup
     from qurl.trainer.checkpoint import Checkpoints
-    from qurl.trainer.start import start_ray
+    from qurl.trainer.start import naming, ray_session
 
     config = load_config(run_dir / "config.yaml")
     checkpoint = Checkpoints(run_dir, config.checkpoint.keep_last).latest()
     if checkpoint is None:
         raise ConfigError(f"{run_dir} has no checkpoint yet; train until checkpoint.every_steps, or stop the run once with Ctrl-C")
     placement = place(config)
-    start_ray(config)
-    try:
+    with ray_session(config) as ray_logs:
         learner = LearnerGroup(
             config.model, config.learner, config.algorithm, config.quantization, config.sync,
             device=placement.device, threads=placement.learner_threads, seed=config.seed,
             temperature=config.rollout.temperature, engine_dtype=config.rollout.dtype,
             ray_options={"num_gpus": placement.gpus_per_rank},
         )  # fmt: skip
-        await learner.start()
-        await learner.load_checkpoint(checkpoint.resolve())
-        await learner.export_hf(out.resolve())
-        learner.close()
-    finally:
-        ray.shutdown()
+        try:
+            with naming("the learner did not start", ray_logs):
+                await learner.start()
+            with naming(f"checkpoint {checkpoint} was not loaded", ray_logs):
+                await learner.load_checkpoint(checkpoint.resolve())
+            await learner.export_hf(out.resolve())
+        finally:
+            learner.close()

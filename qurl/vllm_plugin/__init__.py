@@ -33,11 +33,14 @@ def engine_args(format: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
     format: key of qurl.quantization.FORMATS. ignore: as quantization.ignore. The model may be an ordinary checkpoint, which is
     encoded while it loads. A pattern of `ignore` that matches nothing raises ValueError when the engine starts. Raises ValueError
     for an unknown format."""
-    return {
+    import torch
+
+    arguments = {
         "quantization": NAME,
         "hf_overrides": {"quantization_config": quantization_config(format, ignore)},
         "weight_transfer_config": {"backend": NAME},
     }
+    return arguments if torch.cuda.is_available() else arguments | {"worker_cls": "qurl.vllm_plugin.cpu_worker.QurlCpuWorker"}
 
 
 def quantization_config(format: str, ignore: Sequence[str] = (), *, encoded: bool = False) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm import _custom_ops as ops
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.metadata import SamplingMetadata
 
 
 def has_weight_transfer_engine(name: str) -> bool:
@@ -110,3 +113,24 @@ def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: flo
 def has_norm() -> bool:
     """Whether a norm is registered already; register_oot asserts that none is."""
     return "RMSNorm" in op_registry_oot
+
+
+def is_plain_sampling(metadata: SamplingMetadata) -> bool:
+    """Whether every request of the batch samples from softmax(logits / temperature) and wants its own log-probability at most."""
+    changes = (
+        metadata.top_k is not None, metadata.top_p is not None, not metadata.no_penalties, metadata.bad_words_token_ids,
+        metadata.allowed_token_ids_mask is not None, metadata.logprob_token_ids, metadata.max_num_logprobs,
+        metadata.thinking_budget_state_holder is not None,
+    )  # fmt: skip
+    return metadata.all_random and not any(changes) and all(map(_is_idle, metadata.logitsprocs.all))
+
+
+def _is_idle(processor: object) -> bool:
+    """Whether the logits processor is one of vLLM's own and no request uses it."""
+    active = {MinPLogitsProcessor: "min_p_count", LogitBiasLogitsProcessor: "biases", MinTokensLogitsProcessor: "min_toks"}
+    return type(processor) in active and not getattr(processor, active[type(processor)])
+
+
+def num_known_tokens(runner: Any) -> np.ndarray:
+    """Tokens of each request in the batch of a model runner, prompt included: the position of the one sampled next."""
+    return runner.input_batch.num_tokens_no_spec

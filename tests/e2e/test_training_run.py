@@ -6,6 +6,9 @@ import signal
 import time
 
 import pytest
+from safetensors.torch import load_file
+
+from qurl.quantization import FORMATS
 
 pytestmark = pytest.mark.e2e
 
@@ -37,6 +40,22 @@ def test_a_run_logs_every_iteration_and_learns_from_informative_groups(unbroken)
     parts = ("rollout", "reward", "logprob", "update", "sync", "eval", "checkpoint", "idle")
     for row in unbroken:
         assert sum(row[f"time/{part}_s"] for part in parts) == pytest.approx(row["time/step_s"], abs=1e-6)
+
+
+@pytest.mark.parametrize("format", ["none", "int8"])
+def test_a_run_is_exported_and_the_export_is_a_model(command_line, unbroken, format):
+    code, output = command_line.run("export", "runs/unbroken", f"exported_{format}", "--format", format)
+    assert code == 0 and output == f"exported_{format}\n", output
+    before, after = (load_file(command_line.folder / name / "model.safetensors") for name in ("tiny", "exported_none"))
+    assert before.keys() == after.keys() and not before["model.norm.weight"].equal(after["model.norm.weight"])
+    if format == "none":
+        plan = command_line.run("plan", *command_line.train("again", "model.path=exported_none")[1:])
+        assert plan[0] == 0, plan[1]
+    else:
+        [shard] = (command_line.folder / "exported_int8").glob("*.safetensors")
+        codes = load_file(shard)
+        for name, tensor in FORMATS["int8"].encode(after["model.layers.0.mlp.up_proj.weight"]).items():
+            assert codes[f"model.layers.0.mlp.up_proj.{name}"].equal(tensor)
 
 
 def test_a_run_continued_by_the_same_command_gives_the_same_numbers(command_line, unbroken):

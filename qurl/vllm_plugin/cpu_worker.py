@@ -1,0 +1,16 @@
+"""vLLM's CPU worker with qurl's sampler; `worker_cls` of qurl's engines where there is no GPU."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from qurl.vllm_plugin.cpu_sampler import QurlSampler
+
+
+class QurlCpuWorker(CPUWorker):
+    """Speculative decoding keeps vLLM's sampler."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        if self.vllm_config.speculative_config is None:
+            self.model_runner.sampler = QurlSampler(self.model_runner, logprobs_mode=self.model_config.logprobs_mode)
