@@ -99,6 +99,7 @@ class QurlSampler(Sampler):
         """vLLM's contract."""
         if args or kwargs or self.logprobs_mode != "processed_logprobs" or not is_plain_sampling(sampling_metadata):
             return super().forward(logits, sampling_metadata, *args, **kwargs)
+        assert sampling_metadata.temperature is not None, "vLLM leaves it out where all requests are greedy"
         temperatures = sampling_metadata.temperature.tolist()
         uniforms = self._uniforms(sampling_metadata.generators, len(logits))
         tokens, logprobs = draw(logits, uniforms, None if all(value == 1 for value in temperatures) else temperatures)
