@@ -136,7 +136,7 @@ def _precisions(machine: Hardware) -> Iterator[Finding]:
         return
     has = machine.cpu_flags.__contains__
     bf16 = "AMX" if has("amx_bf16") else "AVX512_BF16" if has("avx512_bf16") else ""
-    yield _native("int8", machine.int8_instructions, "exact numbers by float32 products; expect no speed-up over bf16")
+    yield _native("int8", machine.int8_instructions, "the right numbers, by floating-point products")
     yield _native("bf16", bf16, "consider rollout.engine_args.dtype=float32")
     yield Finding(Level.ok, "fp8, fp8_block", "emulated on every CPU: exact numbers, slow")
 

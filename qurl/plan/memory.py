@@ -72,9 +72,11 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
 
 
 def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], machine: Hardware, device: str) -> int:
-    """What an engine keeps of the weights: the bytes of the wire; for INT8 on a CPU without instructions for it, four a weight."""
+    """What an engine keeps of the weights: the bytes of the wire. INT8 on a CPU without instructions for it takes four a weight
+    where activations are not bfloat16."""
     on_wire = wire_bytes(config, model, targets)
-    if device != "cpu" or config.quantization.format != "int8" or not machine.cpu_flags or machine.int8_instructions:
+    is_wide = config.quantization.format == "int8" and config.rollout.dtype != "bfloat16" and device == "cpu"
+    if not is_wide or not machine.cpu_flags or machine.int8_instructions:
         return on_wire
     codes = sum(math.prod(shape) for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets)
     return on_wire + 3 * codes

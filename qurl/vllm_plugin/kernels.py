@@ -1,7 +1,8 @@
 """What multiplies: one kernel per layer, chosen once from format, device, dtype and shape.
 
-    int8       CPU: vLLM's AMX kernel where the CPU has AMX, activations are bfloat16 and the shape fits; else oneDNN; on a CPU
-               without VNNI, where oneDNN's products are wrong, exact ones in float32.
+    int8       CPU: vLLM's AMX kernel where the CPU has AMX, activations are bfloat16 and the shape fits; else oneDNN. On a CPU
+               without VNNI oneDNN's products are wrong: there torch's kernel for INT8 weights where activations are bfloat16
+               and the shape fits, else float32 products.
                GPU: vLLM's choice (CUTLASS first).
     fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
     fp8_block  the same.
@@ -17,7 +18,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,7 +81,9 @@ def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> 
 def _cpu_int8_kernel(shape: LayerShape) -> LinearKernel:
     if compat.amx_int8_usable(shape.rows, shape.columns, shape.dtype):
         return AmxInt8(shape)
-    return OneDnnInt8(shape) if compat.onednn_int8_is_exact() else WideInt8(shape)
+    if compat.onednn_int8_is_exact():
+        return OneDnnInt8(shape)
+    return NarrowInt8(shape) if shape.dtype == torch.bfloat16 and shape.columns % NarrowInt8.COLUMNS == 0 else WideInt8(shape)
 
 
 class AmxInt8(LinearKernel):
@@ -127,6 +130,33 @@ class OneDnnInt8(LinearKernel):
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
+
+
+class NarrowInt8(LinearKernel):
+    """INT8 weights, widened in registers, times activation codes in bfloat16, which holds them exactly: torch's kernel for
+    weight-only quantization. It sums in float32 and rounds the sum to bfloat16, before the scales and once more after them."""
+
+    COLUMNS: ClassVar[int] = 32  # of which it wants a multiple; with others it reads beyond the end
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.codes = self.scale = self.row_scale = torch.empty(0)
+        self.ones = torch.ones(shape.rows, dtype=torch.bfloat16)
+
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
+        self.codes = _into(self.codes, codes)
+        self.scale = _into(self.scale, scale)
+        self.row_scale = self.scale.view(1, -1)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() != 2:
+            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
+        codes, scale = compat.int8_quantize(x)
+        sums = torch._weight_int8pack_mm(codes.bfloat16(), self.codes, self.ones)
+        out = sums.float().mul_(scale).mul_(self.row_scale)
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
+        return self.codes, self.scale
 
 
 class WideInt8(LinearKernel):
@@ -233,8 +263,8 @@ def _announce(format: QuantizationFormat, kernel: LinearKernel) -> None:
     _announced.add(name)
     if isinstance(kernel, Emulation):
         logger.warning("%s is emulated on this device: exact codes and scales, float32 products, slow", format.name)
-    elif isinstance(kernel, WideInt8):
-        logger.warning("int8 runs on float32 products: this CPU has no VNNI, without which oneDNN's INT8 products are wrong")
+    elif isinstance(kernel, NarrowInt8 | WideInt8):
+        logger.warning("this CPU has no VNNI, without which oneDNN's INT8 products are wrong: int8 is multiplied in floating point")
     else:
         logger.info("%s linear layers run on %s", format.name, type(kernel).__name__)
 

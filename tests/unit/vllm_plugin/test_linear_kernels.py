@@ -8,7 +8,17 @@ pytest.importorskip("vllm")
 
 from qurl.quantization import FORMATS
 from qurl.vllm_plugin import compat
-from qurl.vllm_plugin.kernels import AmxInt8, Emulation, LayerShape, OneDnnInt8, WideInt8, scale_per_row, select_kernel, wire_of
+from qurl.vllm_plugin.kernels import (
+    AmxInt8,
+    Emulation,
+    LayerShape,
+    NarrowInt8,
+    OneDnnInt8,
+    WideInt8,
+    scale_per_row,
+    select_kernel,
+    wire_of,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
 EXACT_INT8 = [
@@ -54,6 +64,17 @@ def test_int8_equals_the_reference(kernel_class, partitions, columns, num_tokens
     assert ((kernel.apply(layer, x, layer.bias).float() - expected).abs() <= 4 * ulp(expected, dtype) + 1e-6).all()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 5, 33])
+@pytest.mark.parametrize("partitions,columns", [([80], 96), ([63, 31, 7], 128), ([1], 1056)])
+def test_narrow_int8_equals_the_reference_up_to_two_roundings(partitions, columns, num_tokens):
+    kernel, layer, wires, _, _ = loaded(NarrowInt8, partitions, columns, torch.bfloat16)
+    x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+    product, expected = (reference("int8", x, wires, bias) for bias in (None, layer.bias))
+    # half a unit for the sum, which the bias may then cancel, and half a unit for the result
+    allowed = (ulp(product, torch.bfloat16) + ulp(expected, torch.bfloat16)) / 2
+    assert ((kernel.apply(layer, x, layer.bias).float() - expected).abs() <= 1.01 * allowed).all()
+
+
 @pytest.mark.skipif(not compat.amx_int8_usable(64, 64, torch.bfloat16), reason="needs AMX")
 @pytest.mark.parametrize("num_tokens", [1, 5, 33])
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -88,7 +109,7 @@ def skip_where_impossible(kernel_class, dtype=torch.bfloat16):
 INT8_KERNELS = [(kernel, dtype) for kernel in (OneDnnInt8, WideInt8) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
-@pytest.mark.parametrize("kernel_class,dtype", [*INT8_KERNELS, (AmxInt8, torch.bfloat16)])
+@pytest.mark.parametrize("kernel_class,dtype", [*INT8_KERNELS, (NarrowInt8, torch.bfloat16), (AmxInt8, torch.bfloat16)])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-7])
 def test_read_back_finds_every_code_in_a_packed_layout(kernel_class, dtype, magnitude):
     skip_where_impossible(kernel_class, dtype)
@@ -100,7 +121,7 @@ def test_read_back_finds_every_code_in_a_packed_layout(kernel_class, dtype, magn
     assert torch.equal(codes, wire["weight"]) and torch.equal(scale, wire["weight_scale"])
 
 
-@pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8, WideInt8])
+@pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8, NarrowInt8, WideInt8])
 def test_a_second_load_replaces_weights_and_bias_in_the_same_storage(kernel_class):
     skip_where_impossible(kernel_class)
     kernel, layer, _, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16, seed=0)
@@ -121,15 +142,18 @@ def test_amx_is_chosen_only_where_its_kernel_works():
         assert not isinstance(select_kernel(FORMATS["int8"], nn.Module(), shape), AmxInt8)
 
 
-def test_the_kernel_that_is_chosen_computes_the_largest_codes_right():
-    shape = LayerShape(partitions=(64,), columns=256, dtype=torch.float32, device=torch.device("cpu"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [256, 257])
+def test_the_kernel_that_is_chosen_computes_the_largest_codes_right(dtype, columns):
+    shape = LayerShape(partitions=(64,), columns=columns, dtype=dtype, device=torch.device("cpu"))
     kernel = select_kernel(FORMATS["int8"], nn.Module(), shape)
-    kernel.load(nn.Module(), torch.full((64, 256), 127, dtype=torch.int8), torch.ones(64, 1))
-    x = torch.full((3, 256), 127.0) * torch.tensor([[1.0], [-1.0], [1.0]])
-    assert torch.equal(kernel.apply(nn.Module(), x, None), x[:, :64] * (127 * 256))
+    kernel.load(nn.Module(), torch.full((64, columns), 127, dtype=torch.int8), torch.ones(64, 1))
+    x = torch.full((3, columns), 127.0, dtype=dtype) * torch.tensor([[1.0], [-1.0], [1.0]], dtype=dtype)
+    expected = x[:, :64].float() * (127 * columns)
+    assert ((kernel.apply(nn.Module(), x, None).float() - expected).abs() <= ulp(expected, dtype)).all()
 
 
-@pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8, WideInt8])
+@pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8, NarrowInt8, WideInt8])
 def test_a_token_of_zeros_gives_the_bias(kernel_class):
     skip_where_impossible(kernel_class)
     kernel, layer, _, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16)
