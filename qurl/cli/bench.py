@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+WIDTH = 160
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand per benchmark; options left out take the benchmark's own defaults."""
@@ -72,9 +74,9 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1))
     for column in rows[0]:
-        table.add_column(column.replace("_", " "))
+        table.add_column(column.replace("_per_", "/").replace("_", " "), no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    Console(width=WIDTH).print(table)  # wider than a narrow terminal: cut numbers help nobody
