@@ -152,7 +152,7 @@ class NarrowInt8(LinearKernel):
             return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
         codes, scale = compat.int8_quantize(x)
         sums = torch._weight_int8pack_mm(codes.bfloat16(), self.codes, self.ones)
-        out = sums.float().mul_(scale).mul_(self.row_scale)
+        out = (sums * scale).mul_(self.row_scale)  # float32
         return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
