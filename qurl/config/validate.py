@@ -46,7 +46,7 @@ def validate(config: TrainConfig) -> None:
     _evaluation(config.evaluation)
     _periphery(config.checkpoint, config.cluster, config.logging)
     _batch(config)
-    _devices(config)
+    check_devices(config, config.cluster.device)
 
 
 def _require(holds: bool, key: str, value: Any, needs: str) -> None:
@@ -182,13 +182,10 @@ def _periphery(checkpoint: CheckpointConfig, cluster: ClusterConfig, logging: Lo
 def _batch(config: TrainConfig) -> None:
     rollout, learner = config.rollout, config.learner
     prompts, mini_batches = rollout.num_prompts_per_step, learner.num_mini_batches
-    divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
-    _require(
-        prompts % mini_batches == 0,
-        "learner.num_mini_batches",
-        mini_batches,
-        f"a divisor of rollout.num_prompts_per_step={prompts}: {', '.join(map(str, divisors))}",
-    )
+    if prompts % mini_batches:
+        divisors = ", ".join(str(n) for n in range(1, prompts + 1) if prompts % n == 0)
+        needs = f"a divisor of rollout.num_prompts_per_step={prompts}: {divisors}"
+        _require(False, "learner.num_mini_batches", mini_batches, needs)
     samples = prompts // mini_batches * rollout.num_samples_per_prompt
     _require(
         learner.num_ranks <= samples,
@@ -212,8 +209,9 @@ def _batch(config: TrainConfig) -> None:
     )
 
 
-def _devices(config: TrainConfig) -> None:
-    device, transport, colocate = config.cluster.device, config.sync.transport, config.cluster.colocate
+def check_devices(config: TrainConfig, device: Device) -> None:
+    """Raises ConfigError for keys that `device` cannot serve: cluster.device, or what auto turned out to be."""
+    transport, colocate = config.sync.transport, config.cluster.colocate
     _require(
         device in TRANSPORTS[transport],
         "sync.transport",

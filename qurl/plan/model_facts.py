@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qurl.config.model import ModelConfig
-from qurl.errors import ConfigError
+from qurl.errors import ConfigError, one_line
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -43,21 +43,28 @@ class ModelFacts:
 
 def read_model_facts(config: ModelConfig) -> ModelFacts:
     """Facts of model.path, a folder or a hub name. Raises ConfigError where it cannot be read or trained."""
-    _check_path(config.path)
-    if not Path(config.path).expanduser().is_dir():
-        _check_hub(config)
+    _check_source("model.path", config.path, config.revision, "config.json")
+    folder = Path(config.path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path={folder} is a folder without config.json; give one that a Hugging Face model was saved to")
+    if config.tokenizer:
+        _check_source("model.tokenizer", config.tokenizer, config.revision, "tokenizer_config.json")
     import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+    known = {"eager", *AttentionInterface().valid_keys()}
+    if config.attn_implementation not in known and "/" not in config.attn_implementation:  # with a /: a kernel of the hub
+        names = ", ".join(sorted(name for name in known if "|" not in name))
+        raise ConfigError(f"model.attn_implementation={config.attn_implementation} is unknown; use one of {names}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     remote = {"trust_remote_code": config.trust_remote_code}
     try:
         found = AutoConfig.from_pretrained(config.path, revision=config.revision, **remote)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found, **remote)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={config.path} cannot be read as a causal language model: {_first_line(error)}") from error
+    except Exception as error:  # trust boundary: a strange config.json raises whatever the model's class trips over
+        raise ConfigError(f"model.path={config.path} cannot be read as a causal language model: {_brief(error)}") from error
     text = found.get_text_config()
     if getattr(found, "quantization_config", None):
         raise ConfigError(f"model.path={config.path} is a quantized checkpoint; the learner trains a full-precision one")
@@ -75,21 +82,16 @@ def read_model_facts(config: ModelConfig) -> ModelFacts:
     )
 
 
-def _check_path(path: str) -> None:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.path={path} is a folder without config.json; give one that a Hugging Face model was saved to")
-        return
-    if folder.exists() or path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(path):
-        raise ConfigError(f"model.path={path} does not exist; `qurl prepare NAME` makes the model of a recipe, or give a hub name")
-
-
-def _check_hub(config: ModelConfig) -> None:
-    """The hub answers at all, or the model is cached; transformers would retry for most of a minute before it says so."""
+def _check_source(key: str, path: str, revision: str | None, file: str) -> None:
+    """A folder, or a hub name whose `file` is cached, or the hub answers at all; transformers would retry for most of a minute
+    before it says so."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(config.path, "config.json", revision=config.revision), str):
+    if Path(path).is_dir():
+        return
+    if Path(path).exists() or path.startswith((".", "/")) or not HUB_NAME.fullmatch(path):
+        raise ConfigError(f"{key}={path} does not exist; `qurl prepare NAME` makes the model of a recipe, or give a hub name")
+    if isinstance(try_to_load_from_cache(path, file, revision=revision), str):
         return
     try:
         urllib.request.urlopen(constants.ENDPOINT, timeout=20).close()
@@ -97,10 +99,12 @@ def _check_hub(config: ModelConfig) -> None:
         return  # it answers; what it thinks of the name comes out when the model is read
     except OSError as error:
         raise ConfigError(
-            f"model.path={config.path} is no folder here, and the hub cannot be reached ({_first_line(error)}); "
+            f"{key}={path} is no folder here, and the hub cannot be reached ({_brief(error)}); "
             "`qurl prepare NAME` makes the model of a recipe"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def _brief(error: Exception) -> str:
+    """The first line of what transformers words for people; any other error whole, with its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines and isinstance(error, OSError | ValueError) else one_line(error)

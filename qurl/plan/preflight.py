@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from qurl.config.data import DatasetConfig
@@ -22,9 +25,12 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 def check_names(config: TrainConfig) -> None:
     """Every plug point answers to its name and no foreign argument is one of ours. Raises ValueError with the key."""
     algorithm = config.algorithm
-    resolve(ADVANTAGES, algorithm.advantage.name, "algorithm.advantage.name")
-    resolve(CORRECTIONS, algorithm.correction.name, "algorithm.correction.name")
-    resolve(POLICY_LOSSES, algorithm.policy_loss.name, "algorithm.policy_loss.name")
+    _check_plug(ADVANTAGES, algorithm.advantage.name, "algorithm.advantage.name", "rewards", "lengths", "config")
+    _check_plug(
+        CORRECTIONS, algorithm.correction.name, "algorithm.correction.name",
+        "old_logprobs", "rollout_logprobs", "mask", "config",
+    )  # fmt: skip
+    _check_plug(POLICY_LOSSES, algorithm.policy_loss.name, "algorithm.policy_loss.name", "inputs", "config")
     resolve(REWARDS, config.reward.function, "reward.function")
     if config.quantization.format not in FORMATS:
         raise ConfigError(f"quantization.format={config.quantization.format} is unknown; use one of {', '.join(FORMATS)}")
@@ -37,6 +43,17 @@ def check_names(config: TrainConfig) -> None:
         raise ConfigError(
             f"rollout.engine_args.{name} is no argument of vLLM's engine" + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
+
+
+def _check_plug(table: Mapping[str, Any], name: str, key: str, *arguments: str) -> None:
+    """The plug point can be called as its contract says. Raises ValueError."""
+    function = resolve(table, name, key)
+    if not callable(function):
+        raise ConfigError(f"{key}={name!r} is a {type(function).__name__}, not a function")
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(f"{key}={name!r} cannot be called with ({', '.join(arguments)}): {error}") from error
 
 
 def check_datasets(config: TrainConfig) -> None:

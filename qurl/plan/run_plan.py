@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qurl.config.placement import Placement, num_gpus_needed, place
-from qurl.config.run import TrainConfig
+from qurl.config.run import Device, TrainConfig
+from qurl.config.validate import check_devices
 from qurl.errors import ConfigError
 from qurl.hardware import Hardware, detect
 from qurl.plan.batch import BatchPlan, plan_batch
@@ -52,6 +53,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     check_datasets(config)
     machine = machine or detect()
     placement = place(config, num_gpus=len(machine.gpus), num_cores=machine.num_cores)
+    check_devices(config, Device[placement.device])
     model = read_model_facts(config.model)
     targets = check_model(config, model)
     batch = plan_batch(config)
@@ -128,6 +130,11 @@ def _warnings(config: TrainConfig, engine: EngineMemory, placement: Placement, m
     found = []
     engines, ranks = config.rollout.num_engines, config.learner.num_ranks
     is_fp8 = config.quantization.format.startswith("fp8")
+    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+        found.append(
+            f"rollout.top_p={config.rollout.top_p:g} and rollout.top_k={config.rollout.top_k} cut the distribution that is sampled "
+            "from; the learner's is whole, so mismatch/* and the correction contain the cut (ratios below 1) besides quantization"
+        )
     if placement.device == "cpu":
         threads = {"engines": engines * placement.engine_threads, "learner": ranks * placement.learner_threads}
         at_once = sum(threads.values()) if config.rollout.max_staleness > 0 else max(threads.values())

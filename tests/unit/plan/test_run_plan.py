@@ -114,6 +114,9 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["algorithm.correction.name=tsi"], LAPTOP, "algorithm.correction.name"),
         (["algorithm.advantage.name=gae"], LAPTOP, "algorithm.advantage.name"),
         (["algorithm.policy_loss.name=nope"], LAPTOP, "algorithm.policy_loss.name"),
+        (["algorithm.correction.name=os.path:dirname"], LAPTOP, "name='os.path:dirname' cannot be called with"),
+        (["algorithm.advantage.name=os:getpid"], LAPTOP, "cannot be called with (rewards, lengths, config)"),
+        (["algorithm.policy_loss.name=os:sep"], LAPTOP, "algorithm.policy_loss.name='os:sep' is a str"),
         (["reward.function=nope"], LAPTOP, "reward.function"),
         (["reward.function=no_such_module:f"], LAPTOP, "reward.function"),
         (["quantization.ignore=[nonesuch]"], LAPTOP, "quantization.ignore"),
@@ -126,7 +129,11 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["rollout.tensor_parallel_size=3", "cluster=gpu"], with_gpus(8), "use one of 1, 2, 4"),
         (["rollout.max_response_tokens=1000", "learner.max_tokens_per_micro_batch=2000"], LAPTOP, "512 positions"),
         (["evaluation.max_response_tokens=1000"], LAPTOP, "512 positions"),
+        (["model.attn_implementation=spda"], LAPTOP, "model.attn_implementation=spda is unknown; use one of eager, "),
+        (["model.tokenizer=./nonesuch"], LAPTOP, "model.tokenizer=./nonesuch does not exist"),
         (["cluster=gpu"], LAPTOP, "cluster.device=cuda"),
+        (["cluster.device=auto", "sync.transport=nccl"], LAPTOP, "sync.transport=nccl"),
+        (["cluster.device=auto", "cluster.colocate=true"], LAPTOP, "cluster.colocate=true"),
         (["cluster=gpu", "learner.num_ranks=8"], with_gpus(8), "need 9 GPUs, 8 found"),
         (["cluster=gpu", "quantization=fp8"], with_gpus(2, capability=(8, 0)), "use quantization=int8"),
         ([], dataclasses.replace(LAPTOP, memory_bytes=GIB), "memory"),
@@ -154,7 +161,14 @@ def test_a_learner_that_does_not_fit_its_gpu_is_refused(needed: list[str], tmp_p
     assert math.isclose(found.bf16_bytes / found.wire_bytes, 1.75, rel_tol=0.01)  # embeddings and head stay bfloat16
 
 
-@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "unheard"}', "not json"])
+STRANGE = (
+    '{"model_type": "qwen2", "num_attention_heads": 0}',
+    '{"model_type": "qwen2", "num_hidden_layers": 3, "layer_types": ["full_attention"]}',
+    '{"model_type": "qwen2", "rope_scaling": {"rope_type": "unheard"}}',
+)
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "unheard"}', "not json", *STRANGE])
 def test_a_folder_that_is_no_model_is_refused_by_its_key(needed: list[str], tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -173,3 +187,9 @@ def test_int8_without_instructions_for_it_is_held_in_four_bytes_a_weight(needed:
     facts = plan(float32).model
     codes = sum(math.prod(facts.parameters[f"{name}.weight"]) for name in facts.linear_names if name != "lm_head")
     assert held["fma"] == held["amx_int8"] + 3 * codes
+
+
+def test_a_cut_distribution_is_told_since_the_learner_s_is_whole(needed: list[str]) -> None:
+    assert not any("cut the distribution" in warning for warning in plan(needed).warnings)
+    for override in ("rollout.top_p=0.9", "rollout.top_k=5"):
+        assert any("cut the distribution" in warning for warning in plan([*needed, override]).warnings)
