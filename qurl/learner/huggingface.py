@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qurl.config import ModelConfig
 from qurl.errors import ConfigError
@@ -44,18 +45,44 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 
 def check_weight_files(config: ModelConfig) -> None:
-    """Raises ConfigError where model.path is a folder without weights, or with a file that is cut short; reads no weight."""
-    folder = Path(config.path).expanduser()
+    """Raises ConfigError where model.path is a folder without weights, with a file that is missing or cut short, or with weights
+    of other shapes than config.json says; reads no weight."""
+    folder = Path(config.path)
     if not folder.is_dir():
         return
-    files = sorted(folder.glob("*.safetensors"))
+    files = _indexed_files(folder) or sorted(folder.glob("*.safetensors"))
     if not files and not list(folder.glob("*.bin")):
         raise ConfigError(f"model.path={config.path} has no weights; give a folder that a Hugging Face model was saved to")
+    with torch.device("meta"):
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for file in files:
         try:
-            safe_open(file, "pt").keys()
+            with safe_open(file, "pt") as reader:
+                shapes = {name: reader.get_slice(name).get_shape() for name in reader.keys()}
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"model.path={config.path}: {file.name} is damaged ({error}); copy or download it again") from error
+        for name in shapes.keys() & expected.keys():
+            if shapes[name] != expected[name]:
+                raise ConfigError(f"model.path={config.path}: {name} in {file.name} has shape {tuple(shapes[name])}, config.json "
+                                  f"says {tuple(expected[name])}; one of the two is another model's")  # fmt: skip
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    """The files that the folder's index names; none where it has no index. Raises ConfigError for an unusable index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file() or (folder / "model.safetensors").is_file():  # transformers reads a single file first
+        return []
+    try:
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model.path={folder}: {index.name} is damaged; copy or download it again") from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        what = f"{missing[0]} is missing (of {len(files)} files" if missing else "no file is named (anywhere"
+        raise ConfigError(f"model.path={folder}: {what} in {index.name}); copy or download the folder again")
+    return files
 
 
 def copy_tokenizer(config: ModelConfig, folder: Path) -> None:

@@ -70,3 +70,26 @@ def test_a_file_that_is_cut_short_or_not_there_is_found_without_reading_weights(
     with pytest.raises(ConfigError, match="has no weights"):
         check_weight_files(ModelConfig(path=str(folder)))
     check_weight_files(ModelConfig(path="Qwen/Qwen2.5-0.5B"))  # a hub name: not here yet
+
+
+def test_weights_of_another_shape_are_found_without_reading_weights(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    with pytest.raises(ConfigError, match=r"in model\.safetensors has shape \(320, 64\), config.json says \(100, 64\)"):
+        check_weight_files(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}', r"two\.safetensors is missing \(of 2 files"),
+        ('{"weight_map": {}}', "no file is named"),
+        ("{}", "index.json is damaged"),
+        ("{", "index.json is damaged"),
+    ],
+)
+def test_a_shard_that_the_index_names_must_be_there(folder, index, told):
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ConfigError, match=told):
+        check_weight_files(ModelConfig(path=str(folder)))
