@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
+import time
 from collections.abc import Awaitable
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO_S = 0.5
 
 
 class Interrupted(Exception):
@@ -20,14 +23,19 @@ class Interrupted(Exception):
 def on_signal(interrupt: asyncio.Event) -> None:
     """The first signal sets `interrupt`; the next one cancels the calling task, so that what it started is still torn down.
 
+    `timeout` and batch systems signal the process and then its group, so what follows within ECHO_S is still the first one.
     Call it again after ray.init, which puts a handler of its own in place."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
+    asked = -math.inf
 
     def ask(number: signal.Signals) -> None:
+        nonlocal asked
         if interrupt.is_set():
-            task.cancel()
+            if time.monotonic() - asked > ECHO_S:
+                task.cancel()
             return
+        asked = time.monotonic()
         interrupt.set()
         logger.warning("%s: ending the run in order; once more ends it without a checkpoint", number.name)
 

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from qurl.trainer.interrupt import Interrupted, on_signal, or_interrupt
+from qurl.trainer.interrupt import ECHO_S, Interrupted, on_signal, or_interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -21,6 +21,9 @@ def test_a_signal_ends_what_is_waited_for_and_a_second_one_cancels_the_run(numbe
             os.kill(os.getpid(), number)
             with pytest.raises(Interrupted):
                 await or_interrupt(asyncio.Event().wait(), interrupt)
+            os.kill(os.getpid(), number)  # the echo of the first
+            await asyncio.sleep(ECHO_S + 0.1)
+            cleaned.append("still running")
             os.kill(os.getpid(), number)
             await asyncio.Event().wait()
         finally:
@@ -28,7 +31,7 @@ def test_a_signal_ends_what_is_waited_for_and_a_second_one_cancels_the_run(numbe
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(run())
-    assert cleaned == ["torn down"]
+    assert cleaned == ["still running", "torn down"]
 
 
 def test_what_is_done_wins_over_an_interrupt_and_an_error_passes():
