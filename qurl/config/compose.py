@@ -82,7 +82,8 @@ def _parse(line: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(line)
     except HydraException as error:
-        raise ConfigError(f"cannot read override {line!r}: write key=value; quote a value with = in it: key='a=b'") from error
+        raise ConfigError(f"cannot read override {line!r}: write key=value; a value with = ~ or brackets in it needs quotes that "
+                          "the shell leaves, as in \"key='value'\"") from error  # fmt: skip
     if override.type is OverrideType.DEL:
         raise ConfigError(f"{line}: keys cannot be deleted; set a value, or null where the key allows it")
     return override

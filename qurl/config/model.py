@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import expanduser
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,3 +15,8 @@ class ModelConfig:
     tokenizer: str | None = None  # where it differs from path
     trust_remote_code: bool = False
     attn_implementation: str = "sdpa"  # transformers' own name
+
+    def __post_init__(self) -> None:
+        """A leading ~ is the home folder, as for datasets and output_dir."""
+        self.path = expanduser(self.path)
+        self.tokenizer = self.tokenizer and expanduser(self.tokenizer)

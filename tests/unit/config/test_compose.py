@@ -86,7 +86,7 @@ def test_the_saved_configuration_of_a_run_composes_to_itself(tmp_path: Path) -> 
         ("seed=1,2", "Ambiguous value"),
         ("rollout", "write key=value"),
         ("rollout=3", "is not an option"),
-        ("model.path=a=b", "quote a value"),
+        ("model.path=a=b", "needs quotes"),
         ("rollout.stop_token_ids=[1", "write key=value"),
         ("~seed", "cannot be deleted"),
         ("=x", "unknown key ''"),
@@ -146,3 +146,9 @@ def test_composition_returns_plain_dataclasses() -> None:
     assert type(config) is TrainConfig
     assert type(config.rollout.engine_args) is dict
     assert type(config.learner.adam_betas) is list
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    model = compose(["model.path='~/model'", "model.tokenizer='~/tokenizer'"]).model
+    assert (model.path, model.tokenizer) == ("/home/someone/model", "/home/someone/tokenizer")
