@@ -72,7 +72,7 @@ def _from_model(model: Any) -> _Source:
 def _from_folder(folder: Path, stack: ExitStack) -> _Source:
     """Shards stay open, memory-mapped, until the stack closes."""
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shards = _shards(folder)
@@ -80,7 +80,10 @@ def _from_folder(folder: Path, stack: ExitStack) -> _Source:
         raise ValueError(f"{folder} is no Hugging Face folder with config.json and model*.safetensors; download or convert it")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    readers = [stack.enter_context(safe_open(shard, framework="pt")) for shard in shards]
+    try:
+        readers = [stack.enter_context(safe_open(shard, framework="pt")) for shard in shards]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder} is damaged: {error}; copy or download it again") from error
     tensors = ((name, reader.get_tensor(name)) for reader in readers for name in reader.keys())
     names = frozenset(name for reader in readers for name in reader.keys())
     files = [
@@ -96,7 +99,10 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         return sorted(folder.glob("model*.safetensors"))
-    return [folder / file for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    try:
+        return [folder / file for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged; copy or download it again") from error
 
 
 def _linear_names(model: nn.Module) -> list[str]:

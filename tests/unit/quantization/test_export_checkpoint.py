@@ -96,6 +96,22 @@ def test_sources_that_cannot_be_exported_are_refused(source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_source_is_refused_in_words(source, tmp_path):
+    index = source / "model.safetensors.index.json"
+    for content in ("{}", "{", '{"weight_map": 3}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json is damaged"):
+            export_checkpoint(source, tmp_path / "out", FORMATS["int8"])
+    index.write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
+    with pytest.raises(ValueError, match=r"source is damaged: .*model-00001\.safetensors"):
+        export_checkpoint(source, tmp_path / "out", FORMATS["int8"])
+    index.unlink()
+    (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="source is damaged: "):
+        export_checkpoint(source, tmp_path / "out", FORMATS["int8"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_weight_that_cannot_be_encoded_is_named_and_leaves_no_loadable_folder(source, tmp_path):
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
