@@ -27,8 +27,8 @@ TRANSPORTS = {  # qurl.sync.TRANSPORTS by the device that they run on; sync itse
 }
 
 
-COUNTED_ARGS = {"max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes", "gpu_memory_utilization"}
-"""Engine arguments that planning computes with, or that fail deep in vLLM where they are no positive number."""
+COUNTED_ARGS = {"max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"}
+"""Engine arguments that planning computes with, or that fail deep in vLLM where they are no positive whole number."""
 
 MAX_SEED = 2**32 - 1  # numpy's
 
@@ -66,6 +66,10 @@ def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(math.isfinite(value) and value > 0, f"{section}{name}", value, "a number > 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _run(config: TrainConfig) -> None:
@@ -125,8 +129,10 @@ def _rollout(config: RolloutConfig) -> None:
     _require(config.dtype in dtypes, "rollout.engine_args.dtype", config.dtype, f"one of {', '.join(dtypes)}")
     for name in COUNTED_ARGS & config.engine_args.keys():
         value = config.engine_args[name]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(is_number and value > 0, f"rollout.engine_args.{name}", value, "a number > 0")
+        is_count = _is_number(value) and value >= 1 and value == int(value)
+        _require(is_count, f"rollout.engine_args.{name}", value, "a whole number >= 1")
+    share = config.engine_args.get("gpu_memory_utilization", 1)
+    _require(_is_number(share) and 0 < share <= 1, "rollout.engine_args.gpu_memory_utilization", share, "a number in (0, 1]")
     _require(min(config.stop_token_ids, default=0) >= 0, "rollout.stop_token_ids", config.stop_token_ids, "token ids >= 0")
 
 
