@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser(argv: list[str]) -> argparse.Namespace:
     """Parse, importing only the chosen command. Exits with 2 and one line for an unknown option."""
-    parser = _Parser(
+    parser = Parser(
         prog="qurl",
         description="Reinforcement learning with verifiable rewards on quantized rollouts.",
         epilog="Examples:\n  qurl doctor\n  qurl prepare quickstart\n  qurl train recipe=quickstart quantization=int8\n"
@@ -63,7 +63,7 @@ def _parser(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qurl {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, summary in COMMANDS.items():
         sentence = summary[0].upper() + summary[1:] + "."
         command = commands.add_parser(
@@ -79,7 +79,7 @@ def _parser(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse prints its usage before an error; ours is one line like every other."""
 
     def error(self, message: str):

@@ -5,11 +5,11 @@ and earns little; for results start from a pretrained one, as the recipe does by
 
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qurl.cli.main import Parser
 from qurl.config import DatasetConfig
 from qurl.config.compose import compose
 from qurl.data import load_rows
@@ -64,7 +64,7 @@ def _render(tokenizer, text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="qurl prepare gsm8k", description=__doc__.splitlines()[0])
+    parser = Parser(prog="qurl prepare gsm8k", description=__doc__.splitlines()[0])
     parser.add_argument("--train", default="openai/gsm8k", help="JSONL file of the training split, or a hub dataset by name")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/gsm8k"))
     parser.add_argument("--num-epochs", type=int, default=Settings.num_epochs)

@@ -7,7 +7,6 @@ at once and the others worked out operation by operation, with long multiplicati
 
 from __future__ import annotations
 
-import argparse
 import ast
 import random
 import re
@@ -18,6 +17,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
+from qurl.cli.main import Parser
 from qurl.config import DatasetConfig
 from qurl.data import load_rows
 from qurl.warmstart import (
@@ -210,7 +210,7 @@ def prepare(folder: Path, train_source: str, test_source: str, seed: int, force:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="qurl prepare gsm8k_calc", description=__doc__.splitlines()[0])
+    parser = Parser(prog="qurl prepare gsm8k_calc", description=__doc__.splitlines()[0])
     parser.add_argument("--train", default="openai/gsm8k", help="JSONL file of the training split, or a hub dataset by name")
     parser.add_argument("--test", default="openai/gsm8k", help="JSONL file of the test split, or a hub dataset by name")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/gsm8k_calc"))

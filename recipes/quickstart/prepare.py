@@ -7,11 +7,11 @@ out that work pays."""
 
 from __future__ import annotations
 
-import argparse
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from qurl.cli.main import Parser
 from qurl.warmstart import (
     Demonstration,
     model_config,
@@ -128,7 +128,7 @@ def prepare(folder: Path, seed: int, force: bool, settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="qurl prepare quickstart", description=__doc__.splitlines()[0])
+    parser = Parser(prog="qurl prepare quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="also redo what is already there")

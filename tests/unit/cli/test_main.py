@@ -74,6 +74,14 @@ def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> Non
         main(["plan", "typo=1"])
 
 
+@pytest.mark.parametrize("recipe", ["gsm8k", "gsm8k_calc", "quickstart"])
+def test_an_unknown_option_of_a_recipe_is_one_line(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prepare", recipe, "--sed", "1", "--forse"])
+    assert ended.value.code == 2
+    assert f"see qurl prepare {recipe} --help" in one_line(capsys)
+
+
 def test_prepare_hands_its_arguments_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "toy"
     recipe.mkdir()
