@@ -16,7 +16,7 @@ from qurl.learner.deepspeed_config import deepspeed_config
 from qurl.plan.model_facts import HUB_NAME, ModelFacts
 from qurl.plug import resolve
 from qurl.quantization import FORMATS, select_targets
-from qurl.rewards import REWARDS
+from qurl.rewards import REWARDS, check_reward_function
 from qurl.rollout.vllm_engine import CONTROLLED_ARGS, known_engine_args
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -31,7 +31,8 @@ def check_names(config: TrainConfig) -> None:
         "old_logprobs", "rollout_logprobs", "mask", "config",
     )  # fmt: skip
     _check_plug(POLICY_LOSSES, algorithm.policy_loss.name, "algorithm.policy_loss.name", "inputs", "config")
-    resolve(REWARDS, config.reward.function, "reward.function")
+    if config.reward.function not in REWARDS:
+        check_reward_function(config.reward)
     if config.quantization.format not in FORMATS:
         raise ConfigError(f"quantization.format={config.quantization.format} is unknown; use one of {', '.join(FORMATS)}")
     deepspeed_config(config.learner, 1)

@@ -72,17 +72,18 @@ class RewardPool:
             self._idle.put(worker)
 
 
-def check_reward_function(config: RewardConfig, sample: Prompt) -> None:
-    """Score `sample`, with its ground truth as the response, in a worker of its own.
+def check_reward_function(config: RewardConfig, sample: Prompt | None = None) -> None:
+    """Load the function in a worker of its own, since its module may do anything to the process that imports it, and score
+    `sample`, if given, with its ground truth as the response.
 
     ValueError where the function cannot be found, has the wrong signature, raises, hangs or returns no finite number."""
     worker = _Worker(config)
     try:
         worker.start()
-        result = worker.score(sample.ground_truth, sample)
+        result = worker.score(sample.ground_truth, sample) if sample else None
     finally:
         worker.close()
-    if result.error is not None:
+    if sample and result and result.error is not None:
         raise ValueError(
             f"reward.function={config.function!r} fails on the first problem (data source {sample.data_source!r}, ground truth "
             f"{sample.ground_truth[:80]!r}): {result.error}"

@@ -176,6 +176,12 @@ def test_a_folder_that_is_no_model_is_refused_by_its_key(needed: list[str], tmp_
         plan([*needed, f"model.path={tmp_path}"])
 
 
+def test_a_reward_module_that_ends_its_process_does_not_end_ours(needed: list[str], tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text("import os\nos._exit(4)\n")
+    with pytest.raises(ValueError, match=r"reward\.function=.*ends\.py.*died \(exit code 4\)"):
+        plan([*needed, f"reward.function='{tmp_path}/ends.py:score'"])
+
+
 def test_int8_without_instructions_for_it_is_held_in_four_bytes_a_weight(needed: list[str]) -> None:
     flags = ("fma", "avx512_vnni", "amx_int8")
     machines = {flag: dataclasses.replace(LAPTOP, cpu_flags=frozenset(["avx2", flag])) for flag in flags}
