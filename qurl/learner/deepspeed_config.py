@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from qurl.config import LearnerConfig, LearnerDtype
@@ -49,6 +54,18 @@ def deepspeed_config(config: LearnerConfig, num_parameters: int) -> dict[str, An
     if is_bf16:
         base["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(base, config.deepspeed)
+
+
+@cache
+def known_deepspeed_keys() -> frozenset[str]:
+    """Every word that DeepSpeed's sources of constants and configurations spell out, its top-level keys among them, read without
+    importing it: DeepSpeed itself ignores a key that it does not know. Raises RuntimeError without DeepSpeed."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("DeepSpeed is not installed; `qurl doctor` says which version is needed")
+    files = (f for f in Path(spec.origin).parent.rglob("*.py") if f.name in ("constants.py", "config.py"))
+    texts = (node.value for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
+    return frozenset(text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z][a-z0-9_]*", text))
 
 
 def _contains(config: dict[str, Any], dotted: str) -> bool:

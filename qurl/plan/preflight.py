@@ -12,7 +12,7 @@ from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from qurl.config.data import DatasetConfig
 from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
-from qurl.learner.deepspeed_config import deepspeed_config
+from qurl.learner.deepspeed_config import deepspeed_config, known_deepspeed_keys
 from qurl.plan.model_facts import HUB_NAME, ModelFacts
 from qurl.plug import resolve
 from qurl.quantization import FORMATS, select_targets
@@ -38,12 +38,17 @@ def check_names(config: TrainConfig) -> None:
     deepspeed_config(config.learner, 1)
     for name in sorted(CONTROLLED_ARGS & set(config.rollout.engine_args)):
         raise ConfigError(f"rollout.engine_args.{name} is set by qurl itself from other keys; remove it")
-    known = known_engine_args() if config.rollout.engine_args else frozenset()
-    for name in sorted(config.rollout.engine_args.keys() - known):
+    if config.rollout.engine_args:
+        _check_foreign("rollout.engine_args", config.rollout.engine_args, known_engine_args(), "argument of vLLM's engine")
+    if config.learner.deepspeed:
+        _check_foreign("learner.deepspeed", config.learner.deepspeed, known_deepspeed_keys(), "key of DeepSpeed's configuration")
+
+
+def _check_foreign(key: str, given: Mapping[str, Any], known: frozenset[str], what: str) -> None:
+    """Refuse names that another library would not know."""
+    for name in sorted(given.keys() - known):
         near = difflib.get_close_matches(name, sorted(known), n=3)
-        raise ConfigError(
-            f"rollout.engine_args.{name} is no argument of vLLM's engine" + (f"; did you mean {' or '.join(near)}?" if near else "")
-        )
+        raise ConfigError(f"{key}.{name} is no {what}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
 
 
 def _check_plug(table: Mapping[str, Any], name: str, key: str, *arguments: str) -> None:

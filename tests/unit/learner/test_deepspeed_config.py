@@ -3,7 +3,7 @@
 import pytest
 
 from qurl.config import LearnerConfig
-from qurl.learner.deepspeed_config import OWNED, deepspeed_config
+from qurl.learner.deepspeed_config import OWNED, deepspeed_config, known_deepspeed_keys
 
 
 def nested(dotted, value):
@@ -27,3 +27,10 @@ def test_other_keys_are_merged_deeply():
 def test_a_stage_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"learner\.zero_stage=4"):
         deepspeed_config(LearnerConfig(zero_stage=4), 10)
+
+
+def test_deepspeed_s_own_keys_are_known_and_typos_are_not():
+    assert {key.partition(".")[0] for key in OWNED} <= known_deepspeed_keys() | {"managed_gradient_accumulation"}
+    some = {"zero_optimization", "aio", "activation_checkpointing", "wall_clock_breakdown", "flops_profiler", "data_types"}
+    assert some <= known_deepspeed_keys()
+    assert not {"zero_optimisation", "foo", "wall_clock_break_down"} & known_deepspeed_keys()

@@ -118,6 +118,7 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["algorithm.advantage.name=os:getpid"], LAPTOP, "cannot be called with (rewards, lengths, config)"),
         (["algorithm.policy_loss.name=os:sep"], LAPTOP, "algorithm.policy_loss.name='os:sep' is a str"),
         (["reward.function=nope"], LAPTOP, "reward.function"),
+        (["learner.deepspeed.zero_optimisation.stage=2"], LAPTOP, "did you mean zero_optimization"),
         (["reward.function=no_such_module:f"], LAPTOP, "reward.function"),
         (["quantization.ignore=[nonesuch]"], LAPTOP, "quantization.ignore"),
         (["rollout.engine_args.seed=1"], LAPTOP, "rollout.engine_args.seed"),
