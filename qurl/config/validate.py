@@ -134,10 +134,10 @@ def _policy_loss(config: PolicyLossConfig) -> None:
 
 def _quantization(config: QuantizationConfig) -> None:
     _positive("quantization.", config, "invariant_scale")
+    awareness = config.update_awareness
     if config.format == "none":
         _require(not config.ignore, "quantization.ignore", config.ignore, "[] with quantization=none, where nothing is quantized")
-        scaled = config.update_awareness is UpdateAwareness.invariant_scaling
-        _require(not scaled, "quantization.update_awareness", "invariant_scaling", "none, or quantization=int8")
+        _require(awareness is UpdateAwareness.none, "quantization.update_awareness", awareness.name, "none, or quantization=int8")
 
 
 def _rollout(config: RolloutConfig) -> None:
@@ -161,7 +161,7 @@ def _rollout(config: RolloutConfig) -> None:
 def _learner(config: LearnerConfig) -> None:
     _at_least(1, "learner.", config, "num_ranks", "num_mini_batches", "max_tokens_per_micro_batch")
     _at_least(0, "learner.", config, "weight_decay", "warmup_steps")
-    _positive("learner.", config, "learning_rate", "adam_epsilon", "max_grad_norm")
+    _positive("learner.", config, "learning_rate", "scaled_layers_multiplier", "adam_epsilon", "max_grad_norm")
     _require(config.zero_stage in range(4), "learner.zero_stage", config.zero_stage, "0, 1, 2 or 3")
     betas = config.adam_betas
     _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "learner.adam_betas", betas, "two numbers in [0, 1)")

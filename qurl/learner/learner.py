@@ -31,7 +31,7 @@ from qurl.learner.reward_penalty import charge_kl
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
 from qurl.observability.metrics import Last, Mean, Metric
 from qurl.plug import resolve
-from qurl.quantization import FORMATS, fold_invariant_scaling, select_targets
+from qurl.quantization import FORMATS, fold_invariant_scaling, scaled_linear_weights, select_targets
 from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
 
@@ -92,9 +92,10 @@ class Learner:
         join_process_group(rank, world_size, master_address, master_port, self.device)
         seed_everything(seed)
         weights = load_model(model)
+        rounds = quantization.update_awareness is UpdateAwareness.stochastic_rounding
         self._sender = WeightSender(
             sync, resolve(FORMATS, quantization.format, "quantization.format"), _targets(weights, quantization),
-            _wire_dtype(engine_dtype), rank, world_size,
+            _wire_dtype(engine_dtype), rank, world_size, rounding_seed=seed if rounds else None,
         )
         if quantization.update_awareness is UpdateAwareness.invariant_scaling:
             fold_invariant_scaling(weights, quantization.invariant_scale)
@@ -103,7 +104,8 @@ class Learner:
             weights, temperature=temperature, activation_checkpointing=learner.activation_checkpointing,
             entropy_gradient=bool(algorithm.entropy_coefficient),
         )
-        self._engine = initialize(policy, learner, self.device)
+        scaled = {f"model.{name}" for name in scaled_linear_weights(weights)} if learner.scaled_layers_multiplier != 1 else set()
+        self._engine = initialize(policy, learner, self.device, scaled)
         self._reference = None
         if algorithm.kl.coefficient:
             self._reference = initialize_frozen(Policy(load_model(model), temperature=temperature), learner, self.device)
@@ -248,11 +250,14 @@ class Learner:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the learner that loads it."""
-        return {
+        identity: dict[str, Any] = {
             "learner.num_ranks": self.world_size,
             "learner.zero_stage": self._config.zero_stage,
             "learner.dtype": self._config.dtype.value,
         }
+        if self._config.scaled_layers_multiplier != 1:  # the optimizer has one more group of parameters
+            identity["learner.scaled_layers_multiplier"] = self._config.scaled_layers_multiplier
+        return identity
 
     def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face folder: weights, config and the tokenizer's files. All ranks call it; rank 0 writes."""

@@ -86,6 +86,8 @@ METRICS: dict[str, str] = {
     "acr/changed_fraction": "tokens whose gradient ACR changed against TIS (A > 0 and R between the two bounds)",
     "acr/changed_gradient_fraction": "share of those tokens in the sum of |weight A R| over tokens with a gradient",
     "quantization/sqnr_min_db": "worst signal-to-quantization-noise ratio of a weight matrix, dB",
+    "quantization/update_to_noise_min": "smallest |W_t - W_(t-1)| / |W - decode(encode(W))| of a matrix; with sync.track_updates",
+    "quantization/update_to_noise_mean": "mean of it over the quantized matrices",
     "sync/encode_s": "encoding on the learner, slowest rank",
     "sync/transfer_s": "moving buckets, slowest rank",
     "sync/install_s": "verifying and installing, slowest engine",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from qurl.config.data import DatasetConfig
+from qurl.config.quantization import UpdateAwareness
 from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
 from qurl.learner.deepspeed_config import deepspeed_config
@@ -28,6 +29,10 @@ def check_names(config: TrainConfig) -> None:
     resolve(REWARDS, config.reward.function, "reward.function")
     if config.quantization.format not in FORMATS:
         raise ConfigError(f"quantization.format={config.quantization.format} is unknown; use one of {', '.join(FORMATS)}")
+    name, awareness = config.quantization.format, config.quantization.update_awareness
+    if awareness is UpdateAwareness.stochastic_rounding and not FORMATS[name].rounds_stochastically:
+        able = ", ".join(name for name, quantization in FORMATS.items() if quantization.rounds_stochastically)
+        raise ConfigError(f"quantization.update_awareness=stochastic_rounding is not possible with {name}; use quantization={able}")
     deepspeed_config(config.learner, 1)
     for name in sorted(CONTROLLED_ARGS & set(config.rollout.engine_args)):
         raise ConfigError(f"rollout.engine_args.{name} is set by qurl itself from other keys; remove it")

@@ -294,6 +294,55 @@ def test_invariant_scaling_is_in_the_weights_and_keeps_the_function(model_folder
     assert first["policy/entropy"] == pytest.approx(second["policy/entropy"], rel=1e-5)
 
 
+@pytest.mark.parametrize("zero_stage, dtype", [(0, LearnerDtype.float32), (3, LearnerDtype.bfloat16)])
+def test_the_multiplier_moves_the_layers_that_invariant_scaling_touches_and_no_other(model_folder, zero_stage, dtype):
+    settings = {"zero_stage": zero_stage, "dtype": dtype, "learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 2}
+    plain, multiplied = (build_learner(model_folder, scaled_layers_multiplier=m, **settings) for m in (1.0, 3.0))
+    start = weights_of(plain)
+    metrics = [metrics_of(learner.train_step([SAMPLES])) for learner in (plain, multiplied)]
+    assert [m["policy/learning_rate"] for m in metrics] == [5e-3, 5e-3]
+    (once, thrice), touched = (weights_of(learner) for learner in (plain, multiplied)), 0
+    for name, before in start.items():
+        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") and name.endswith("weight"):
+            touched += 1
+            decayed = before.float() * (1 - 5e-3 * 0.1)  # once in both: the multiplier is for Adam's step alone
+            rounding = 2**-6 * before.abs().max().item()  # half a unit of bfloat16, and three times as much
+            bound = 1e-6 if dtype is LearnerDtype.float32 else rounding
+            torch.testing.assert_close(thrice[name].float() - decayed, 3 * (once[name].float() - decayed), rtol=0, atol=bound)
+        else:
+            assert torch.equal(thrice[name], once[name]), name
+    assert touched == 10
+
+
+def test_a_checkpoint_remembers_the_multiplier(model_folder, tmp_path):
+    learner = build_learner(model_folder, scaled_layers_multiplier=1.5)
+    learner.train_step([SAMPLES])
+    learner.save_checkpoint(tmp_path)
+    resumed = build_learner(model_folder, scaled_layers_multiplier=1.5)
+    resumed.load_checkpoint(tmp_path)
+    for each in (learner, resumed):
+        each.train_step([SAMPLES])
+    expected = weights_of(learner)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(resumed).items())
+    with pytest.raises(ValueError, match="scaled_layers_multiplier"):
+        build_learner(model_folder).load_checkpoint(tmp_path)
+
+
+def test_scaling_by_s_and_the_multiplier_move_a_matrix_alike_in_adams_first_step(model_folder):
+    """Adam's first step is learning_rate * sign(gradient), whatever the size of the gradient."""
+    settings = {"learning_rate": 1e-3, "max_grad_norm": 1e9, "adam_epsilon": 1e-20}
+    scaling = QuantizationConfig(update_awareness=UpdateAwareness.invariant_scaling, invariant_scale=1.5)
+    folded = build_learner(model_folder, quantization=scaling, **settings)
+    control = build_learner(model_folder, scaled_layers_multiplier=1.5, **settings)
+    start = weights_of(control)
+    for learner in (folded, control):
+        learner.train_step([SAMPLES])
+    name = "model.layers.1.self_attn.q_proj.weight"
+    moved = [1.5 * weights_of(folded)[name] - start[name], weights_of(control)[name] - start[name]]
+    assert (moved[0] - moved[1]).abs().median() < 1e-6  # both 1.5e-3; gradients of about 0 may differ in sign
+    assert moved[1].abs().median().item() == pytest.approx(1.5e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize("zero_stage", [0, 3])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_exported_folder_loads_as_the_trained_model(tmp_path, zero_stage, tied):
