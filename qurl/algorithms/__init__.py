@@ -5,14 +5,17 @@
 Corrections fill weight, clip_high_scale and pi_base; the tables below are the plug points, and `qurl.plug.resolve` also takes
 `package.module:attribute`."""
 
-from qurl.algorithms.advantages import ADVANTAGES, grpo
+from qurl.algorithms.advantages import ADVANTAGES, RewardedGroup, grpo
 from qurl.algorithms.aggregation import token_weights
-from qurl.algorithms.corrections import CORRECTIONS, Correction
+from qurl.algorithms.corrections import CORRECTIONS, Correction, CorrectionInputs
+from qurl.algorithms.gae import gae
 from qurl.algorithms.kl import kl_penalty
 from qurl.algorithms.mismatch import mismatch_metrics
 from qurl.algorithms.policy_losses import POLICY_LOSSES, LossOutput, PolicyLossInputs, ppo_clip
+from qurl.algorithms.sequences import sequence_means, sequence_sums
 
 __all__ = [
-    "ADVANTAGES", "CORRECTIONS", "POLICY_LOSSES", "Correction", "LossOutput", "PolicyLossInputs", "grpo", "kl_penalty",
-    "mismatch_metrics", "ppo_clip", "token_weights",
+    "ADVANTAGES", "CORRECTIONS", "POLICY_LOSSES", "Correction", "CorrectionInputs", "LossOutput", "PolicyLossInputs",
+    "RewardedGroup", "gae", "grpo", "kl_penalty", "mismatch_metrics", "ppo_clip", "sequence_means", "sequence_sums",
+    "token_weights",
 ]

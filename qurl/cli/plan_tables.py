@@ -87,6 +87,8 @@ def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     yield "total", f"{_size(memory.on_device)} on the device"
     if memory.previous_codes:
         yield "previous codes", f"{_size(memory.previous_codes)} in host memory"
+    if memory.previous_weights:
+        yield "previous weights", f"{_size(memory.previous_weights)} in host memory"
 
 
 def _engine_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:

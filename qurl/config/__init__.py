@@ -7,7 +7,9 @@ from qurl.config.algorithm import (
     CorrectionConfig,
     KLConfig,
     KLEstimator,
+    KLPlacement,
     PolicyLossConfig,
+    Rejection,
 )
 from qurl.config.data import DataConfig, DatasetConfig, OverlongPrompts
 from qurl.config.learner import LearnerConfig, LearnerDtype
@@ -21,6 +23,6 @@ from qurl.config.sync import SyncConfig
 __all__ = [
     "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig", "DataConfig",
     "DatasetConfig", "Device", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config", "KLConfig", "KLEstimator",
-    "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "OverlongPrompts", "PolicyLossConfig", "QuantizationConfig",
-    "RewardConfig", "RolloutConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+    "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "OverlongPrompts", "PolicyLossConfig",
+    "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
 ]

@@ -1,4 +1,4 @@
-"""The objective: advantages, correction of the rollout mismatch, policy loss, KL."""
+"""The objective: advantages, correction of the rollout mismatch, policy loss, KL, entropy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ class Aggregation(Enum):
     """How per-token losses become one number."""
 
     token_mean = "token_mean"  # over all tokens of the mini-batch (DAPO)
-    sequence_mean = "sequence_mean"  # over tokens of a response, then over responses (GRPO as published)
+    sequence_mean = "sequence_mean"  # over tokens of a response, then over responses (GRPO as published, GSPO)
+    constant = "constant"  # summed over a response, divided by aggregation_constant, then mean over responses (Dr. GRPO)
 
 
 class KLEstimator(Enum):
@@ -21,21 +22,60 @@ class KLEstimator(Enum):
     k3 = "k3"
 
 
+class KLPlacement(Enum):
+    """Where the KL term goes."""
+
+    loss = "loss"  # verl's use_kl_loss
+    reward = "reward"  # summed over a response and subtracted from its reward before advantages; verl's use_kl_in_reward
+
+
+class Rejection(Enum):
+    """Which tokens a correction leaves out of the loss, by rho = pi_old / pi_rollout; verl's rollout_rs."""
+
+    none = "none"
+    token = "token"  # a token whose rho is out of bounds
+    sequence = "sequence"  # all of a response whose product of rho is
+    geometric = "geometric"  # ... whose geometric mean of rho is
+    k3 = "k3"  # ... whose mean of rho - 1 - log rho is
+
+
+REJECTION_BOUNDS = {
+    Rejection.none: (0.0, float("inf")),
+    Rejection.token: (0.5, 5.0),
+    Rejection.sequence: (0.0, 2.0),
+    Rejection.geometric: (0.999, 1.001),
+    Rejection.k3: (0.0, 0.01),
+}
+"""(rejection_low, rejection_high) where they are null."""
+
+
 @dataclass(kw_only=True, slots=True)
 class AdvantageConfig:
-    """Group-relative advantages."""
+    """What a rollout is worth among those of the iteration."""
 
     name: str = "grpo"  # key of qurl.algorithms.ADVANTAGES or package.module:attribute
-    normalize_std: bool = True  # divide by the group's standard deviation
 
 
 @dataclass(kw_only=True, slots=True)
 class CorrectionConfig:
     """What is done about pi_rollout != pi_old."""
 
-    name: str = "acr"  # key of qurl.algorithms.CORRECTIONS (naive, none, decoupled, tis, acr) or package.module:attribute
-    truncation: float = 2.0  # C of TIS and ACR
+    name: str = "acr"  # key of qurl.algorithms.CORRECTIONS or package.module:attribute
+    truncation: float = 2.0  # C of TIS, sequence TIS and ACR
     max_clip_scale: float = 10.0  # safety cap on ACR's widening max(1, rho/C); the paper has none
+    rejection: Rejection = Rejection.none
+    rejection_low: float | None = None  # null: REJECTION_BOUNDS
+    rejection_high: float | None = None
+    normalize_weights: bool = False  # divide weights by their mean over the mini-batch; computes old logprobs beforehand
+
+    @property
+    def rejection_bounds(self) -> tuple[float, float]:
+        """Smallest and largest value that is kept."""
+        low, high = REJECTION_BOUNDS[self.rejection]
+        return (
+            low if self.rejection_low is None else self.rejection_low,
+            high if self.rejection_high is None else self.rejection_high,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,14 +87,16 @@ class PolicyLossConfig:
     clip_high: float = 0.2
     dual_clip: float | None = None  # bound on the ratio for A < 0 (verl's clip_ratio_c), > 1
     aggregation: Aggregation = Aggregation.token_mean
+    aggregation_constant: int | None = None  # tokens; with aggregation=constant, e.g. ${rollout.max_response_tokens}
 
 
 @dataclass(kw_only=True, slots=True)
 class KLConfig:
-    """KL to the frozen reference policy, added to the loss."""
+    """KL to the frozen reference policy."""
 
     coefficient: float = 0.0  # 0: no reference model is loaded
     estimator: KLEstimator = KLEstimator.k3
+    placement: KLPlacement = KLPlacement.loss
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,3 +107,4 @@ class AlgorithmConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    entropy_coefficient: float = 0.0  # times the entropy, subtracted from the loss; > 0 rewards spread-out distributions

@@ -22,6 +22,7 @@ class LearnerConfig:
     zero_stage: int = 0  # 0..3
     dtype: LearnerDtype = LearnerDtype.float32
     learning_rate: float = 1e-6
+    scaled_layers_multiplier: float = 1.0  # times learning_rate for q, k, v, gate, up: what invariant scaling does to Adam's steps
     weight_decay: float = 0.0
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     adam_epsilon: float = 1e-8

@@ -11,6 +11,7 @@ class UpdateAwareness(Enum):
 
     none = "none"
     invariant_scaling = "invariant_scaling"  # QuRL section 3: fold s into norms and the linears behind them, once
+    stochastic_rounding = "stochastic_rounding"  # codes rounded at random, so that decoded weights have the right mean
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,9 +5,10 @@ What depends on the machine, the model, files or plug tables is checked in qurl.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from qurl.config.algorithm import AlgorithmConfig
+from qurl.config.algorithm import Aggregation, AlgorithmConfig, CorrectionConfig, KLPlacement, PolicyLossConfig, Rejection
 from qurl.config.data import DataConfig
 from qurl.config.learner import LearnerConfig
 from qurl.config.quantization import QuantizationConfig, UpdateAwareness
@@ -29,6 +30,9 @@ TRANSPORTS = {  # qurl.sync.TRANSPORTS by the device that they run on; sync itse
 
 COUNTED_ARGS = {"max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"}
 """Engine arguments that planning computes with, or that fail deep in vLLM where they are no positive whole number."""
+
+RELATIVE_TO_THE_GROUP = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+"""Advantages that compare a rollout with the others of its prompt."""
 
 MAX_SEED = 2**32 - 1  # numpy's
 
@@ -93,27 +97,51 @@ def _data(config: DataConfig) -> None:
 
 
 def _algorithm(config: AlgorithmConfig) -> None:
-    _positive("algorithm.correction.", config.correction, "truncation")
-    _at_least(1, "algorithm.correction.", config.correction, "max_clip_scale")
-    loss = config.policy_loss
-    _require(0 < loss.clip_low <= 1, "algorithm.policy_loss.clip_low", loss.clip_low, "a number in (0, 1], e.g. 0.2")
-    _positive("algorithm.policy_loss.", loss, "clip_high")
-    dual = loss.dual_clip
-    _require(
-        dual is None or dual > 1 + loss.clip_high,
-        "algorithm.policy_loss.dual_clip",
-        dual,
-        f"null or a number above 1 + clip_high = {1 + loss.clip_high:g}, e.g. 3.0",
-    )
+    _correction(config.correction)
+    _policy_loss(config.policy_loss)
     _at_least(0, "algorithm.kl.", config.kl, "coefficient")
+    in_loss = config.kl.placement is KLPlacement.loss
+    exists = config.kl.coefficient > 0
+    _require(in_loss or exists, "algorithm.kl.placement", "reward", "loss, or algorithm.kl.coefficient > 0 with it")
+    _at_least(0, "algorithm.", config, "entropy_coefficient")
+
+
+def _correction(config: CorrectionConfig) -> None:
+    section = "algorithm.correction."
+    _positive(section, config, "truncation")
+    _at_least(1, section, config, "max_clip_scale")
+    rejects = config.rejection is not Rejection.none
+    by_itself = config.name == "icepop"
+    fits = not by_itself or config.rejection in (Rejection.none, Rejection.token)
+    _require(fits, f"{section}rejection", config.rejection.name, "none with algorithm.correction.name=icepop, which rejects tokens")
+    for name in ("rejection_low", "rejection_high"):
+        value = getattr(config, name)
+        if value is not None:
+            _at_least(0, section, config, name)
+            _require(rejects or by_itself, f"{section}{name}", value, "null with algorithm.correction.rejection=none")
+    low, high = (replace(config, rejection=Rejection.token) if by_itself else config).rejection_bounds
+    _require(low <= high, f"{section}rejection_low", low, f"a number up to rejection_high = {high:g}")
+
+
+def _policy_loss(config: PolicyLossConfig) -> None:
+    section = "algorithm.policy_loss."
+    _require(0 < config.clip_low <= 1, f"{section}clip_low", config.clip_low, "a number in (0, 1], e.g. 0.2")
+    _positive(section, config, "clip_high")
+    dual, bounds = config.dual_clip, f"a number above 1 + clip_high = {1 + config.clip_high:g}, e.g. 3.0"
+    _require(dual is None or dual > 1 + config.clip_high, f"{section}dual_clip", dual, f"null or {bounds}")
+    _require(dual is None or config.name != "cispo", f"{section}dual_clip", dual, "null with algorithm.policy_loss.name=cispo")
+    constant, is_constant = config.aggregation_constant, config.aggregation is Aggregation.constant
+    works = "a number of tokens >= 1 with algorithm.policy_loss.aggregation=constant, e.g. '${rollout.max_response_tokens}'"
+    _require(not is_constant or (constant is not None and constant >= 1), f"{section}aggregation_constant", constant, works)
+    _require(is_constant or constant is None, f"{section}aggregation_constant", constant, "null, or aggregation=constant with it")
 
 
 def _quantization(config: QuantizationConfig) -> None:
     _positive("quantization.", config, "invariant_scale")
+    awareness = config.update_awareness
     if config.format == "none":
         _require(not config.ignore, "quantization.ignore", config.ignore, "[] with quantization=none, where nothing is quantized")
-        scaled = config.update_awareness is UpdateAwareness.invariant_scaling
-        _require(not scaled, "quantization.update_awareness", "invariant_scaling", "none, or quantization=int8")
+        _require(awareness is UpdateAwareness.none, "quantization.update_awareness", awareness.name, "none, or quantization=int8")
 
 
 def _rollout(config: RolloutConfig) -> None:
@@ -139,7 +167,7 @@ def _rollout(config: RolloutConfig) -> None:
 def _learner(config: LearnerConfig) -> None:
     _at_least(1, "learner.", config, "num_ranks", "num_mini_batches", "max_tokens_per_micro_batch")
     _at_least(0, "learner.", config, "weight_decay", "warmup_steps")
-    _positive("learner.", config, "learning_rate", "adam_epsilon", "max_grad_norm")
+    _positive("learner.", config, "learning_rate", "scaled_layers_multiplier", "adam_epsilon", "max_grad_norm")
     _require(config.zero_stage in range(4), "learner.zero_stage", config.zero_stage, "0, 1, 2 or 3")
     betas = config.adam_betas
     _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "learner.adam_betas", betas, "two numbers in [0, 1)")
@@ -199,12 +227,13 @@ def _batch(config: TrainConfig) -> None:
         learner.num_ranks,
         f"at most {samples}, the samples of a mini-batch; or more rollout.num_prompts_per_step",
     )
-    if config.algorithm.advantage.name == "grpo":
+    advantage = config.algorithm.advantage.name
+    if advantage in RELATIVE_TO_THE_GROUP:
         _require(
             rollout.num_samples_per_prompt >= 2,
             "rollout.num_samples_per_prompt",
             rollout.num_samples_per_prompt,
-            "at least 2 with algorithm.advantage.name=grpo: a group of one has no advantage",
+            f"at least 2 with algorithm.advantage.name={advantage}: a group of one has no advantage",
         )
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     _require(

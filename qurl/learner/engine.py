@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -32,18 +32,17 @@ def join_process_group(rank: int, world_size: int, address: str, port: int, devi
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
-def initialize(policy: nn.Module, config: LearnerConfig, device: torch.device) -> Any:
+def initialize(policy: nn.Module, config: LearnerConfig, device: torch.device, scaled: Collection[str] = ()) -> Any:
     """A DeepSpeed engine that trains `policy` with AdamW; master weights are the float32 values that `policy` holds now.
+
+    scaled: names of the matrices whose learning rate, but not decay, is multiplied by learner.scaled_layers_multiplier.
 
     DeepSpeed derives bfloat16 masters from weights already rounded to bfloat16, which would undo what a checkpoint in float32
     or invariant scaling put there; so they are set once more from the originals. Matrices decay, vectors (norms, biases) do not."""
     deepspeed = _import_deepspeed(device)
     originals = {name: parameter.data for name, parameter in policy.named_parameters()}
     parameters = list(policy.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = _parameter_groups(policy, config, scaled)
     optimizer = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.adam_betas[0], config.adam_betas[1]), eps=config.adam_epsilon, fused=True
     )
@@ -58,6 +57,22 @@ def initialize(policy: nn.Module, config: LearnerConfig, device: torch.device) -
         for name, parameter in policy.named_parameters():
             deepspeed.utils.safe_set_full_fp32_param(parameter, originals.pop(name).to(device))
     return engine
+
+
+def _parameter_groups(policy: nn.Module, config: LearnerConfig, scaled: Collection[str]) -> list[dict[str, Any]]:
+    """The first has learner.learning_rate. AdamW decays by learning rate times weight_decay, hence the division."""
+    named, factor = list(policy.named_parameters()), config.scaled_layers_multiplier
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named if p.ndim >= 2 and name not in scaled], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if scaled:
+        groups.append({
+            "params": [p for name, p in named if name in scaled],
+            "lr": factor * config.learning_rate,
+            "weight_decay": config.weight_decay / factor,
+        })
+    return groups
 
 
 def initialize_frozen(model: nn.Module, config: LearnerConfig, device: torch.device) -> nn.Module:

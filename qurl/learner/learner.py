@@ -18,18 +18,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, distributed, nn
 
-from qurl.algorithms import CORRECTIONS, POLICY_LOSSES, PolicyLossInputs, kl_penalty, token_weights
-from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig, UpdateAwareness
+from qurl.algorithms import token_weights
+from qurl.config import AlgorithmConfig, KLPlacement, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig, UpdateAwareness
 from qurl.errors import NonFiniteLoss
 from qurl.learner.engine import apply_gradients, initialize, initialize_frozen, join_process_group
 from qurl.learner.huggingface import copy_tokenizer, load_model
-from qurl.learner.packing import empty_micro_batch, pack, padding_fraction
+from qurl.learner.objective import Objective
+from qurl.learner.packing import empty_micro_batch, pack, padding_fraction, spread
 from qurl.learner.policy import Policy
 from qurl.learner.random_state import random_states, restore_random_states, seed_everything
+from qurl.learner.reward_penalty import charge_kl
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
-from qurl.observability.metrics import Last, Mean, Metric, Sum
+from qurl.observability.metrics import Last, Mean, Metric
 from qurl.plug import resolve
-from qurl.quantization import FORMATS, fold_invariant_scaling, select_targets
+from qurl.quantization import FORMATS, fold_invariant_scaling, scaled_linear_weights, select_targets
 from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
 
@@ -54,6 +56,7 @@ class _MiniBatch:
     samples: list[TrainingSample]
     batches: list[MicroBatch]
     token_weights: list[Tensor]  # [B, L] float32 per micro-batch; over all ranks the loss is sum(weight * per-token loss)
+    mean_weight: float = 1.0  # of the correction, with normalize_weights
 
 
 class Learner:
@@ -85,20 +88,24 @@ class Learner:
             torch.set_num_threads(threads)
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._model_config, self._config, self._algorithm = model, learner, algorithm
-        self._correct = resolve(CORRECTIONS, algorithm.correction.name, "algorithm.correction.name")
-        self._policy_loss = resolve(POLICY_LOSSES, algorithm.policy_loss.name, "algorithm.policy_loss.name")
+        self._objective = Objective(algorithm)
         join_process_group(rank, world_size, master_address, master_port, self.device)
         seed_everything(seed)
         weights = load_model(model)
+        rounds = quantization.update_awareness is UpdateAwareness.stochastic_rounding
         self._sender = WeightSender(
             sync, resolve(FORMATS, quantization.format, "quantization.format"), _targets(weights, quantization),
-            _wire_dtype(engine_dtype), rank, world_size,
+            _wire_dtype(engine_dtype), rank, world_size, rounding_seed=seed if rounds else None,
         )
         if quantization.update_awareness is UpdateAwareness.invariant_scaling:
             fold_invariant_scaling(weights, quantization.invariant_scale)
         self.model = weights
-        policy = Policy(weights, temperature=temperature, activation_checkpointing=learner.activation_checkpointing)
-        self._engine = initialize(policy, learner, self.device)
+        policy = Policy(
+            weights, temperature=temperature, activation_checkpointing=learner.activation_checkpointing,
+            entropy_gradient=bool(algorithm.entropy_coefficient),
+        )
+        scaled = {f"model.{name}" for name in scaled_linear_weights(weights)} if learner.scaled_layers_multiplier != 1 else set()
+        self._engine = initialize(policy, learner, self.device, scaled)
         self._reference = None
         if algorithm.kl.coefficient:
             self._reference = initialize_frozen(Policy(load_model(model), temperature=temperature), learner, self.device)
@@ -115,14 +122,10 @@ class Learner:
         Raises NonFiniteLoss, on all ranks alike, before a step that is not finite is applied."""
         start = time.perf_counter()
         steps = self._plan(mini_batches)
-        for step in steps:
-            for batch in step.batches:
-                if len(steps) > 1:  # with one step, the training forward itself runs at the old weights
-                    batch.old_logprobs = self._logprobs(self._engine, batch)
-                if self._reference is not None:
-                    batch.ref_logprobs = self._logprobs(self._reference, batch)
+        reports = self._prepare(steps)
         logprobs_done = time.perf_counter()
-        reports = [report for step in steps for report in self._optimizer_step(step, failure_dir)]
+        for step in steps:
+            reports += self._optimizer_step(step, failure_dir)
         reports.append({
             "policy/num_optimizer_steps": Last(len(steps)),
             "policy/padding_fraction": Mean(padding_fraction([batch for step in steps for batch in step.batches])),
@@ -142,14 +145,29 @@ class Learner:
         steps = []
         for samples, batches, *theirs in zip(mini_batches, packed, *everyone, strict=True):
             batches += [empty_micro_batch() for _ in range(max(1, *(count for count, _ in theirs)) - len(batches))]
-            weights = token_weights([n for _, counts in theirs for n in counts], self._algorithm.policy_loss.aggregation)
+            weights = token_weights([n for _, counts in theirs for n in counts], self._algorithm.policy_loss)
             first = sum(len(counts) for _, counts in theirs[: self.rank])
             own = weights[first : first + len(samples)]
             batches = [_to(batch, self.device) for batch in batches]
             steps.append(_MiniBatch(
-                samples=samples, batches=batches, token_weights=[_spread(own, batch) for batch in batches],
+                samples=samples, batches=batches, token_weights=[spread(own, batch) for batch in batches],
             ))
         return steps
+
+    def _prepare(self, steps: Sequence[_MiniBatch]) -> list[dict[str, Metric]]:
+        """Fill what the optimizer steps need to know of the weights at entry and of the reference. Returns metrics."""
+        in_reward = self._reference is not None and self._algorithm.kl.placement is KLPlacement.reward
+        normalizes = self._algorithm.correction.normalize_weights
+        needs_old = len(steps) > 1 or in_reward or normalizes  # else the training forward itself runs at the old weights
+        for step in steps:
+            for batch in step.batches:
+                if needs_old:
+                    batch.old_logprobs = self._logprobs(self._engine, batch)
+                if self._reference is not None:
+                    batch.ref_logprobs = self._logprobs(self._reference, batch)
+            if normalizes:
+                step.mean_weight = self._objective.mean_weight(step.batches, self.device)
+        return [charge_kl([(step.samples, step.batches) for step in steps], self._algorithm)] if in_reward else []
 
     @torch.no_grad()
     def _logprobs(self, policy: Any, batch: MicroBatch) -> Tensor:
@@ -163,7 +181,7 @@ class Learner:
             is_last = i == len(step.batches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)
             logprobs, entropy = self._engine(batch.input_ids, batch.position_ids, batch.loss_mask)
-            loss, report = self._objective(batch, logprobs, entropy, weights)
+            loss, report = self._objective.loss(batch, logprobs, entropy, weights, step.mean_weight)
             reports.append(report)
             if not math.isfinite(loss.item()):
                 suspects += [step.samples[index].sample_id for index in batch.sample_indices]
@@ -175,31 +193,6 @@ class Learner:
             self._fail(step, suspects, failure_dir)
         reports.append({"policy/grad_norm": Mean(grad_norm), "policy/learning_rate": Last(learning_rate)})
         return reports
-
-    def _objective(
-        self, batch: MicroBatch, logprobs: Tensor, entropy: Tensor, weights: Tensor
-    ) -> tuple[Tensor, dict[str, Metric]]:
-        """(this micro-batch's part of the mini-batch loss, metrics)."""
-        config, mask = self._algorithm, batch.loss_mask
-        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        correction = self._correct(old_logprobs, batch.rollout_logprobs, mask, config.correction)
-        output = self._policy_loss(PolicyLossInputs(
-            logprobs=logprobs, base_logprobs=correction.base_logprobs, advantages=batch.advantages, mask=correction.keep_mask,
-            weights=correction.weights, clip_high_scale=correction.clip_high_scale,
-        ), config.policy_loss)
-        num_tokens = int(mask.sum())
-        report: dict[str, Metric] = {
-            **correction.metrics,
-            **output.metrics,
-            "policy/entropy": Mean(float(entropy.sum()) / max(1, num_tokens), weight=num_tokens),
-            "policy/tokens": Sum(num_tokens),
-        }
-        loss = output.loss
-        if batch.ref_logprobs is not None:
-            penalty = kl_penalty(logprobs, batch.ref_logprobs, correction.keep_mask, config.kl.estimator)
-            report["policy/kl_loss"] = Mean(float(penalty.detach().sum()) / max(1, num_tokens), weight=num_tokens)
-            loss = loss + config.kl.coefficient * penalty
-        return (loss * weights).sum(), report
 
     def _fail(self, step: _MiniBatch, suspects: list[str], failure_dir: Path | None) -> NoReturn:
         what = f"loss is not finite in {len(suspects)} samples" if suspects else "gradient is not finite, or another rank's loss"
@@ -257,11 +250,14 @@ class Learner:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with the learner that loads it."""
-        return {
+        identity: dict[str, Any] = {
             "learner.num_ranks": self.world_size,
             "learner.zero_stage": self._config.zero_stage,
             "learner.dtype": self._config.dtype.value,
         }
+        if self._config.scaled_layers_multiplier != 1:  # the optimizer has one more group of parameters
+            identity["learner.scaled_layers_multiplier"] = self._config.scaled_layers_multiplier
+        return identity
 
     def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face folder: weights, config and the tokenizer's files. All ranks call it; rank 0 writes."""
@@ -282,12 +278,6 @@ def _wire_dtype(name: str) -> torch.dtype:
     if name not in WIRE_DTYPES:
         raise ValueError(f"rollout.engine_args.dtype={name!r}: weights cannot be sent as that; use one of {', '.join(WIRE_DTYPES)}")
     return getattr(torch, name)
-
-
-def _spread(weights: list[float], batch: MicroBatch) -> Tensor:
-    """[B, L] float32: each position the weight of its sequence, 0 on padding."""
-    by_segment = torch.tensor([*(weights[index] for index in batch.sample_indices), 0.0], dtype=torch.float32)
-    return by_segment.to(batch.segment_ids.device)[batch.segment_ids]  # -1, padding, is the last
 
 
 def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:

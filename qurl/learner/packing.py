@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from qurl.types import MicroBatch, TrainingSample
 
@@ -41,6 +42,12 @@ def padding_fraction(batches: Sequence[MicroBatch]) -> float:
     """Share of the packed positions that hold no token; 0.0 without batches."""
     total = sum(batch.input_ids.numel() for batch in batches)
     return sum(int((batch.segment_ids < 0).sum()) for batch in batches) / total if total else 0.0
+
+
+def spread(values: Sequence[float], batch: MicroBatch) -> Tensor:
+    """[B, L] float32: each position the value of its sequence, 0 on padding. values: one per sample the batch was packed from."""
+    by_segment = torch.tensor([*(values[index] for index in batch.sample_indices), 0.0], dtype=torch.float32)
+    return by_segment.to(batch.segment_ids.device)[batch.segment_ids]  # -1, padding, is the last
 
 
 def _check(sample: TrainingSample) -> None:

@@ -21,13 +21,23 @@ class Policy(nn.Module):
     temperature: the sampler's, > 0; divides the logits, so that logprobs speak of the distribution that is sampled from.
     Dropout is off in training too: old and current logprobs must be those of one function."""
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, activation_checkpointing: bool = False):
-        """Raises ValueError for a temperature that training cannot use, or a model whose logits are not its output layer."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        activation_checkpointing: bool = False,
+        entropy_gradient: bool = False,
+    ):
+        """entropy_gradient: keep what backward through the entropy needs, twice the logits of a chunk.
+
+        Raises ValueError for a temperature that training cannot use, or a model whose logits are not its output layer."""
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"rollout.temperature={temperature} cannot be trained on; use a value > 0")
         self.model = model
         self.temperature = temperature
+        self._entropy_gradient = entropy_gradient
         self._flatten = "flash" in (model.config._attn_implementation or "")  # varlen kernels take one row
         _check_output_layer(model)
         model.eval()
@@ -38,7 +48,7 @@ class Policy(nn.Module):
                     module.training = True
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropy), both [B, L] float32 and 0 where loss_mask is False; entropy carries no gradient.
+        """(logprobs, entropy), both [B, L] float32 and 0 where loss_mask is False; entropy has a gradient with entropy_gradient.
 
         input_ids, position_ids [B, L] int64 and loss_mask [B, L] bool as in MicroBatch."""
         rows, columns = loss_mask.nonzero(as_tuple=True)
@@ -47,10 +57,10 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         size = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
         if len(targets) <= size:
-            parts = [_score(head, hidden, targets, self.temperature)]
+            parts = [_score(head, hidden, targets, self.temperature, self._entropy_gradient)]
         else:
             parts = [
-                checkpoint(_score, head, h, t, self.temperature, use_reentrant=False)
+                checkpoint(_score, head, h, t, self.temperature, self._entropy_gradient, use_reentrant=False)
                 for h, t in zip(hidden.split(size), targets.split(size), strict=True)
             ]
         logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -66,11 +76,13 @@ class Policy(nn.Module):
         return hidden.reshape(*shape, -1)
 
 
-def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _score(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     """([N] logprobs of targets, [N] entropy) from [N, H] hidden states."""
     logits = head(hidden).float()
     log_probs = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     return log_probs.gather(1, targets[:, None])[:, 0], entropy
 

@@ -19,7 +19,7 @@ def split_for_ranks(
     Raises ValueError without samples."""
     if not samples:
         raise ValueError("there are no samples to train on")
-    prompts = [list(group) for _, group in groupby(samples, key=_prompt_id)]
+    prompts = [list(group) for _, group in groupby(samples, key=lambda sample: prompt_id(sample.sample_id))]
     num_mini_batches = min(num_mini_batches, len(prompts))
     shares: list[list[list[TrainingSample]]] = [[] for _ in range(num_ranks)]
     for i in range(num_mini_batches):
@@ -30,8 +30,9 @@ def split_for_ranks(
     return shares
 
 
-def _prompt_id(sample: TrainingSample) -> str:
-    return sample.sample_id.rpartition("/")[0]
+def prompt_id(sample_id: str) -> str:
+    """The prompt of f"{prompt_id}/{sample_index}"."""
+    return sample_id.rpartition("/")[0]
 
 
 def _balance(samples: list[TrainingSample], num_ranks: int) -> list[list[TrainingSample]]:

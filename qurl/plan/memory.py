@@ -26,7 +26,7 @@ PROCESS_BYTES = 800 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearnerMemory:
-    """Of one rank, on its device; previous_codes are in host memory."""
+    """Of one rank, on its device; what is previous is in host memory."""
 
     weights: int
     gradients: int
@@ -36,10 +36,11 @@ class LearnerMemory:
     activations: int
     logits: int
     previous_codes: int
+    previous_weights: int  # float32 copies that updates are measured against
 
     @property
     def on_device(self) -> int:
-        """Everything but previous_codes."""
+        """Everything but what is previous."""
         return (
             self.weights + self.gradients + self.optimizer + self.communication + self.reference + self.activations + self.logits
         )
@@ -82,10 +83,11 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
     return on_wire + 3 * codes
 
 
-def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int) -> LearnerMemory:
+def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, targets: frozenset[str]) -> LearnerMemory:
     """One rank under learner.zero_stage (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1).
 
-    bfloat16 keeps gradients and master weights in float32; stage 0 then runs as stage 1. codes_bytes: of the whole model."""
+    bfloat16 keeps gradients and master weights in float32; stage 0 then runs as stage 1. codes_bytes: of the whole model.
+    targets: the modules that are quantized."""
     learner = config.learner
     size, ranks = model.num_parameters, learner.num_ranks
     is_bf16 = learner.dtype is LearnerDtype.bfloat16
@@ -93,6 +95,7 @@ def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int) -> 
     stage = max(1, learner.zero_stage) if is_bf16 else learner.zero_stage
     master = 4 if stage >= 1 else 0
     tokens = learner.max_tokens_per_micro_batch
+    quantized = sum(math.prod(shape) for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets)
     return LearnerMemory(
         weights=size * compute // (ranks if stage == 3 else 1),
         gradients=size * 4 // (ranks if stage >= 2 else 1),
@@ -100,8 +103,9 @@ def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int) -> 
         communication=min(size, REDUCE_BUCKET_ELEMENTS) * compute if stage >= 1 else 0,
         reference=size * compute if config.algorithm.kl.coefficient > 0 else 0,
         activations=tokens * _activations_per_token(model, learner.activation_checkpointing) * compute,
-        logits=3 * min(tokens * model.vocab_size * 4, LOGIT_BYTES),
+        logits=(5 if config.algorithm.entropy_coefficient else 3) * min(tokens * model.vocab_size * 4, LOGIT_BYTES),
         previous_codes=codes_bytes // ranks if config.sync.track_changes else 0,
+        previous_weights=4 * quantized // ranks if config.sync.track_updates else 0,
     )
 
 

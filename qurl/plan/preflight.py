@@ -10,6 +10,7 @@ from typing import Any
 
 from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from qurl.config.data import DatasetConfig
+from qurl.config.quantization import UpdateAwareness
 from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
 from qurl.learner.deepspeed_config import deepspeed_config, known_deepspeed_keys
@@ -25,16 +26,17 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 def check_names(config: TrainConfig) -> None:
     """Every plug point answers to its name and no foreign argument is one of ours. Raises ValueError with the key."""
     algorithm = config.algorithm
-    _check_plug(ADVANTAGES, algorithm.advantage.name, "algorithm.advantage.name", "rewards", "lengths", "config")
-    _check_plug(
-        CORRECTIONS, algorithm.correction.name, "algorithm.correction.name",
-        "old_logprobs", "rollout_logprobs", "mask", "config",
-    )  # fmt: skip
+    _check_plug(ADVANTAGES, algorithm.advantage.name, "algorithm.advantage.name", "groups", "config")
+    _check_plug(CORRECTIONS, algorithm.correction.name, "algorithm.correction.name", "inputs", "config")
     _check_plug(POLICY_LOSSES, algorithm.policy_loss.name, "algorithm.policy_loss.name", "inputs", "config")
     if config.reward.function not in REWARDS:
         check_reward_function(config.reward)
     if config.quantization.format not in FORMATS:
         raise ConfigError(f"quantization.format={config.quantization.format} is unknown; use one of {', '.join(FORMATS)}")
+    name, awareness = config.quantization.format, config.quantization.update_awareness
+    if awareness is UpdateAwareness.stochastic_rounding and not FORMATS[name].rounds_stochastically:
+        able = ", ".join(name for name, quantization in FORMATS.items() if quantization.rounds_stochastically)
+        raise ConfigError(f"quantization.update_awareness=stochastic_rounding is not possible with {name}; use quantization={able}")
     deepspeed_config(config.learner, 1)
     for name in sorted(CONTROLLED_ARGS & set(config.rollout.engine_args)):
         raise ConfigError(f"rollout.engine_args.{name} is set by qurl itself from other keys; remove it")

@@ -58,7 +58,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     targets = check_model(config, model)
     batch = plan_batch(config)
     wire = wire_bytes(config, model, targets)
-    learner = learner_memory(config, model, wire)
+    learner = learner_memory(config, model, wire, targets)
     held = engine_weight_bytes(config, model, targets, machine, placement.device)
     engine = engine_memory(config, model, held, batch.longest_tokens, batch.num_samples_per_engine, placement.device)
     plan = RunPlan(
@@ -82,7 +82,8 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
 def _host_bytes(config: TrainConfig, learner: LearnerMemory, engine: EngineMemory, placement: Placement) -> int:
     """Memory of this machine over all processes; on GPUs only what stays on the host."""
     engines, ranks = config.rollout.num_engines, config.learner.num_ranks
-    total = (engines + ranks + config.reward.num_workers) * PROCESS_BYTES + ranks * learner.previous_codes
+    total = (engines + ranks + config.reward.num_workers) * PROCESS_BYTES
+    total += ranks * (learner.previous_codes + learner.previous_weights)
     total += config.sync.max_inflight_buckets * config.sync.bucket_bytes * ranks
     if placement.device == "cpu":
         total += ranks * learner.on_device + engines * (engine.weights + (engine.kv_pool or 0))
@@ -95,7 +96,7 @@ def _refuse_memory(config: TrainConfig, plan: RunPlan) -> None:
         raise ConfigError(
             f"the run needs about {_gib(plan.host_bytes)} of this machine's {_gib(memory)} memory; lower "
             "learner.max_tokens_per_micro_batch, rollout.num_engines or rollout.engine_args.kv_cache_memory_bytes, "
-            "set sync.track_changes=false, or take a smaller model"
+            "set sync.track_changes=false and sync.track_updates=false, or take a smaller model"
         )
     engine = plan.engine
     if engine.kv_pool is not None and engine.kv_per_sequence > engine.kv_pool:

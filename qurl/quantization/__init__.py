@@ -7,8 +7,9 @@ from qurl.quantization.export import export_checkpoint
 from qurl.quantization.fp8 import Fp8
 from qurl.quantization.fp8_block import Fp8Block
 from qurl.quantization.int8 import Int8
-from qurl.quantization.invariant_scaling import fold_invariant_scaling
+from qurl.quantization.invariant_scaling import fold_invariant_scaling, scaled_linear_weights
 from qurl.quantization.none import Unquantized
+from qurl.quantization.rounding import rounding_generator
 from qurl.quantization.targets import select_targets
 
 FORMATS: dict[str, QuantizationFormat] = {
@@ -21,5 +22,5 @@ FORMATS: dict[str, QuantizationFormat] = {
 
 __all__ = [
     "FORMATS", "ErrorReport", "MatrixError", "QuantizationFormat", "changed_codes", "error_report", "export_checkpoint",
-    "fold_invariant_scaling", "is_code", "matrix_error", "select_targets",
+    "fold_invariant_scaling", "is_code", "matrix_error", "rounding_generator", "scaled_linear_weights", "select_targets",
 ]

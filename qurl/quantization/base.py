@@ -27,12 +27,19 @@ class QuantizationFormat(ABC):
     name: ClassVar[str]
     scheme: ClassVar[dict[str, Any] | None] = None
     """compressed-tensors' words for the format: `format`, `weights`, `input_activations`; None where it has none."""
+    rounds_stochastically: ClassVar[bool] = False
+    """Whether encode_stochastically works."""
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Wire tensors, by suffix, of a weight [O, I] of any floating dtype, layout and device; they are on the same device.
 
         Raises ValueError where the weight is not a matrix of finite floating-point numbers."""
+
+    def encode_stochastically(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """encode with the same scales, but codes rounded at random such that decode has the weight as its mean; generator is on
+        the weight's device. See qurl.quantization.rounding. Raises ValueError where the format has none, and as encode."""
+        raise ValueError(f"quantization.update_awareness=stochastic_rounding: quantization={self.name} does not have it; use int8")
 
     @abstractmethod
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:

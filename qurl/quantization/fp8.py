@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qurl.quantization.base import QuantizationFormat, scale_to, weight_matrix
+from qurl.quantization.rounding import to_e4m3
 
 LARGEST_CODE = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST_ACTIVATION_SCALE = 1.0 / (LARGEST_CODE * 512.0)
@@ -18,6 +19,7 @@ class Fp8(QuantizationFormat):
     """weight float8_e4m3fn [O, I], weight_scale float32 [O, 1]."""
 
     name = "fp8"
+    rounds_stochastically = True
     scheme = {
         "format": "float-quantized",
         "weights": {"type": "float", "strategy": "channel"},
@@ -26,9 +28,18 @@ class Fp8(QuantizationFormat):
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Per-channel codes and scales; ValueError for NaN or Inf."""
+        scaled, scale = self._scaled(weight)
+        return {"weight": scaled.to(torch.float8_e4m3fn), "weight_scale": scale}
+
+    def encode_stochastically(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """encode with unbiased codes."""
+        scaled, scale = self._scaled(weight)
+        return {"weight": to_e4m3(scaled, generator), "weight_scale": scale}
+
+    def _scaled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         matrix = weight_matrix(weight)
         scale = scale_to(matrix.abs().amax(dim=1, keepdim=True), LARGEST_CODE)
-        return {"weight": (matrix / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+        return matrix / scale, scale
 
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
         """[O, I] float32."""

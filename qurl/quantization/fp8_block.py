@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from qurl.quantization.base import QuantizationFormat, scale_to, weight_matrix
 from qurl.quantization.fp8 import LARGEST_CODE
+from qurl.quantization.rounding import to_e4m3
 
 BLOCK = 128
 SMALLEST_ACTIVATION_SCALE = 1e-10 / LARGEST_CODE
@@ -23,6 +24,7 @@ class Fp8Block(QuantizationFormat):
     """weight float8_e4m3fn [O, I], weight_scale float32 [ceil(O/128), ceil(I/128)]."""
 
     name = "fp8_block"
+    rounds_stochastically = True
     scheme = {
         "format": "float-quantized",
         "weights": {"type": "float", "strategy": "block", "block_structure": [BLOCK, BLOCK]},
@@ -31,11 +33,20 @@ class Fp8Block(QuantizationFormat):
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Per-block codes and scales; ValueError for NaN or Inf."""
+        scaled, scale = self._scaled(weight)
+        return {"weight": scaled.to(torch.float8_e4m3fn), "weight_scale": scale}
+
+    def encode_stochastically(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """encode with unbiased codes."""
+        scaled, scale = self._scaled(weight)
+        return {"weight": to_e4m3(scaled, generator), "weight_scale": scale}
+
+    def _scaled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         matrix = weight_matrix(weight)
         rows, columns = (num_blocks(size) for size in matrix.shape)
         padded = functional.pad(matrix.abs(), (0, columns * BLOCK - matrix.shape[1], 0, rows * BLOCK - matrix.shape[0]))
         scale = scale_to(padded.view(rows, BLOCK, columns, BLOCK).amax(dim=(1, 3)), LARGEST_CODE)
-        return {"weight": (matrix / spread(scale, matrix.shape)).to(torch.float8_e4m3fn), "weight_scale": scale}
+        return matrix / spread(scale, matrix.shape), scale
 
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
         """[O, I] float32."""

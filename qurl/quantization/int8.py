@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qurl.quantization.base import SMALLEST_SCALE, QuantizationFormat, scale_to, weight_matrix
+from qurl.quantization.rounding import to_int8
 
 LARGEST_CODE = 127.0
 
@@ -19,6 +20,7 @@ class Int8(QuantizationFormat):
     """weight int8 [O, I], weight_scale float32 [O, 1]."""
 
     name = "int8"
+    rounds_stochastically = True
     scheme = {
         "format": "int-quantized",
         "weights": {"type": "int", "strategy": "channel"},
@@ -27,9 +29,18 @@ class Int8(QuantizationFormat):
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Per-channel codes and scales; ValueError for NaN or Inf."""
+        scaled, scale = self._scaled(weight)
+        return {"weight": scaled.round_().to(torch.int8), "weight_scale": scale}
+
+    def encode_stochastically(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """encode with unbiased codes."""
+        scaled, scale = self._scaled(weight)
+        return {"weight": to_int8(scaled, LARGEST_CODE, generator), "weight_scale": scale}
+
+    def _scaled(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         matrix = weight_matrix(weight)
         scale = scale_to(matrix.abs().amax(dim=1, keepdim=True), LARGEST_CODE)
-        return {"weight": (matrix / scale).round_().to(torch.int8), "weight_scale": scale}
+        return matrix / scale, scale
 
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
         """[O, I] float32."""

@@ -41,7 +41,7 @@ def fold_invariant_scaling(model: nn.Module, s: float) -> list[str]:
     experts, norms of the form (1 + weight), further layers that read a norm's output."""
     if not (math.isfinite(s) and s > 0):
         raise ValueError(f"quantization.invariant_scale={s} must be a positive number; the paper uses 1.5")
-    folds = [fold for name, layer in _decoder_layers(model) for fold in _layer_folds(name, layer)]
+    folds = _folds(model)
     weights = [weight for fold in folds for _, weight in (fold.norm, *fold.linears)]
     if len({id(weight) for weight in weights}) != len(weights):
         raise _unsupported("layers share weights, which would be scaled more than once")
@@ -51,6 +51,18 @@ def fold_invariant_scaling(model: nn.Module, s: float) -> list[str]:
             for _, weight in fold.linears:
                 weight.div_(s)
     return [name for fold in folds for name, _ in (fold.norm, *fold.linears)]
+
+
+def scaled_linear_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters that fold_invariant_scaling divides: q, k, v, gate and up of every block.
+
+    Adam's steps do not depend on the size of a gradient, so under it folding s amounts to a learning rate s times as large on
+    exactly these (and 1/s of it on the norms before them). Raises ValueError as fold_invariant_scaling does."""
+    return [name for fold in _folds(model) for name, _ in fold.linears]
+
+
+def _folds(model: nn.Module) -> list[_Fold]:
+    return [fold for name, layer in _decoder_layers(model) for fold in _layer_folds(name, layer)]
 
 
 def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -116,5 +128,5 @@ def _is_linear_in_its_weight(norm: nn.Module, weight: Tensor) -> bool:
 def _unsupported(found: str) -> ValueError:
     return ValueError(
         f"quantization.update_awareness=invariant_scaling knows the blocks of Llama, Mistral, Qwen2 and Qwen3, but {found}; "
-        "use quantization.update_awareness=none"
+        "use quantization.update_awareness=none (and learner.scaled_layers_multiplier=1, which means the same layers)"
     )

@@ -21,10 +21,12 @@ from torch import Tensor
 from qurl.config.sync import SyncConfig
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.changes import is_code
+from qurl.quantization.rounding import rounding_generator
 from qurl.sync.bucket import Delta, WireTensor, describe, lay_out
 from qurl.sync.delta import find_changes, is_smaller_as_delta, num_changes
 from qurl.sync.protocol import EngineHandle, SyncError
 from qurl.sync.transports import Delivery, Transport, choose_transport, make_transport
+from qurl.sync.update_noise import UpdateNoise
 from qurl.types import TensorRecord
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class SendReport:
     num_bytes: int  # per engine
     num_changed_codes: int  # quantized codes that differ from the previous version
     num_codes: int  # codes that were compared; 0 in the first update and without sync.track_changes
+    update_to_noise: dict[str, float]  # module -> UpdateNoise.ratio; empty in the first update and without sync.track_updates
     sqnr_min_db: float | None  # worst matrix, each measured at the latest SQNR_INTERVAL updates ago; None: no codes
     failed: dict[int, str]  # index of an engine -> why it did not take all buckets
     unresponsive: frozenset[int]  # those of them that did not answer within sync.timeout_s
@@ -58,6 +61,7 @@ class _Progress:
     num_bytes: int = 0
     num_changed_codes: int = 0
     num_codes: int = 0
+    update_to_noise: dict[str, float] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     unresponsive: set[int] = field(default_factory=set)
 
@@ -73,8 +77,10 @@ class WeightSender:
         wire_dtype: torch.dtype,
         rank: int,
         world_size: int,
+        rounding_seed: int | None = None,
     ):
         """targets: modules whose weights are encoded. wire_dtype: of everything else that is floating point, the engine's dtype.
+        rounding_seed: round codes stochastically; the same on all ranks. None: to nearest.
 
         Raises ValueError for options that do not go together."""
         if config.delta and not config.track_changes:
@@ -88,6 +94,9 @@ class WeightSender:
         self._targets = targets if quantization_format.name != UNQUANTIZED else frozenset()
         self._wire_dtype = wire_dtype
         self._rank = rank
+        self._rounding_seed = rounding_seed
+        self._version = 0  # sent last
+        self._update_noise = UpdateNoise() if config.track_updates else None
         self._transport: Transport | None = None
         self._previous: dict[str, Tensor] = {}  # host copies of codes; of all wire tensors where deltas are sent
         self._previous_version: int | None = None  # None: the copies are of no single version
@@ -102,6 +111,7 @@ class WeightSender:
         Raises SyncError where the transport has no room, ValueError for weights that cannot be encoded."""
         base_version = None if full or not self._config.delta else self._previous_version
         self._previous_version = None
+        self._version = version
         progress = _Progress()
         under_way: deque[Delivery] = deque()
         try:
@@ -130,7 +140,7 @@ class WeightSender:
     def decoded(self, module: str, weight: Tensor) -> Tensor:
         """What an engine holds of a module's weight once it was sent, decoded; float32 on the CPU."""
         if module in self._targets:
-            return self._format.decode(self._format.encode(weight.detach().float())).float().cpu()
+            return self._format.decode(self._codes(module, weight.detach().float())).float().cpu()
         return weight.detach().to(self._wire_dtype).float().cpu()
 
     # ---- encoding ---------------------------------------------------------------------------------------------------
@@ -145,7 +155,7 @@ class WeightSender:
         for position, (name, tensor) in enumerate(tensors):
             group = [
                 self._wire_tensor(wire_name, wire, base_version, progress)
-                for wire_name, wire in self._encode(name, tensor, measure=(position + version) % SQNR_INTERVAL == 0).items()
+                for wire_name, wire in self._encode(name, tensor, (position + version) % SQNR_INTERVAL == 0, progress).items()
             ]
             group_size = sum(wire.num_bytes for wire in group)
             if content and size + group_size > self._config.bucket_bytes:
@@ -159,16 +169,26 @@ class WeightSender:
         if content:
             yield content
 
-    def _encode(self, name: str, tensor: Tensor, measure: bool) -> dict[str, Tensor]:
-        """Wire tensors by full name."""
+    def _encode(self, name: str, tensor: Tensor, measure: bool, progress: _Progress) -> dict[str, Tensor]:
+        """Wire tensors by full name. measure: look at this weight's error again."""
         module, _, parameter = name.rpartition(".")
         if parameter != "weight" or module not in self._targets:
             return {name: tensor.detach().to(self._wire_dtype) if tensor.is_floating_point() else tensor.detach()}
         weight = tensor.detach().float()
-        wire = self._format.encode(weight)
-        if measure or module not in self._sqnr_db:
-            self._sqnr_db[module] = _sqnr_db(weight, self._format.decode(wire))
+        wire = self._codes(module, weight)
+        if measure or module not in self._sqnr_db or self._update_noise is not None:
+            decoded = self._format.decode(wire)
+            self._sqnr_db[module] = _sqnr_db(weight, decoded)
+            if self._update_noise is not None and (ratio := self._update_noise.ratio(module, weight, decoded)) is not None:
+                progress.update_to_noise[module] = ratio
         return {f"{module}.{suffix}": value for suffix, value in wire.items()}
+
+    def _codes(self, module: str, weight: Tensor) -> dict[str, Tensor]:
+        """What `module` is sent as in the current version, by suffix."""
+        if self._rounding_seed is None:
+            return self._format.encode(weight)
+        generator = rounding_generator(self._rounding_seed, self._version, module, weight.device)
+        return self._format.encode_stochastically(weight, generator)
 
     def _wire_tensor(self, name: str, tensor: Tensor, base_version: int | None, progress: _Progress) -> WireTensor:
         """Ready to travel, whole or as changes; remembers it for the next update."""
@@ -233,6 +253,7 @@ class WeightSender:
             num_bytes=progress.num_bytes,
             num_changed_codes=progress.num_changed_codes,
             num_codes=progress.num_codes,
+            update_to_noise=progress.update_to_noise,
             sqnr_min_db=min(self._sqnr_db.values(), default=None),
             failed=progress.failed,
             unresponsive=frozenset(progress.unresponsive),
@@ -262,6 +283,7 @@ def merge_send_reports(reports: Sequence[SendReport]) -> SendReport:
         num_bytes=sum(report.num_bytes for report in reports),
         num_changed_codes=sum(report.num_changed_codes for report in reports),
         num_codes=sum(report.num_codes for report in reports),
+        update_to_noise={module: ratio for report in reports for module, ratio in report.update_to_noise.items()},
         sqnr_min_db=min((report.sqnr_min_db for report in reports if report.sqnr_min_db is not None), default=None),
         failed={index: reason for report in reports for index, reason in report.failed.items()},
         unresponsive=frozenset().union(*(report.unresponsive for report in reports)),

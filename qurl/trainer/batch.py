@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from qurl.algorithms import ADVANTAGES
+from qurl.algorithms import ADVANTAGES, RewardedGroup
 from qurl.config import AlgorithmConfig
 from qurl.errors import GuardStop
 from qurl.observability.metrics import Last, Max, Mean, Metric, Sum
@@ -18,16 +18,23 @@ def training_samples(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> 
 
     A rollout whose reward call failed is left out of its group's advantage and of training: its reward is unknown, not 0."""
     advantage = resolve(ADVANTAGES, config.advantage.name, "algorithm.advantage.name")
-    samples = []
-    for scored in groups:
-        kept = [
+    kept = [
+        [
             (rollout, result.value)
             for rollout, result in zip(scored.group.rollouts, scored.rewards, strict=True)
             if result.value is not None and rollout.token_ids
         ]
-        advantages = advantage([value for _, value in kept], [len(r.token_ids) for r, _ in kept], config.advantage)
-        samples += [_sample(scored.group, r, value, a) for (r, value), a in zip(kept, advantages, strict=True)]
-    return samples
+        for scored in groups
+    ]
+    advantages = advantage(
+        [RewardedGroup(rewards=[value for _, value in pairs], lengths=[len(r.token_ids) for r, _ in pairs]) for pairs in kept],
+        config.advantage,
+    )
+    return [
+        _sample(scored.group, rollout, value, worth)
+        for scored, pairs, of_group in zip(groups, kept, advantages, strict=True)
+        for (rollout, value), worth in zip(pairs, of_group, strict=True)
+    ]
 
 
 def _sample(group: RolloutGroup, rollout: Rollout, reward: float, advantage: float) -> TrainingSample:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES, PolicyLossInputs
+from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES, CorrectionInputs, PolicyLossInputs, RewardedGroup
 from qurl.config import AdvantageConfig, CorrectionConfig, PolicyLossConfig
 from qurl.observability.metrics import Metric, reduce_metrics
 from qurl.plug import resolve
@@ -17,15 +17,18 @@ USER_MODULE = """
 from qurl.algorithms import LossOutput, grpo
 from qurl.algorithms.corrections import tis
 
-def advantage(rewards, lengths, config):
-    return [2 * a for a in grpo(rewards, lengths, config)]
+def advantage(groups, config):
+    return [[2 * a for a in group] for group in grpo(groups, config)]
 
-def correction(old_logprobs, rollout_logprobs, mask, config):
-    return tis(old_logprobs, rollout_logprobs, mask, config)
+def correction(inputs, config):
+    return tis(inputs, config)
 
 def policy_loss(inputs, config):
     return LossOutput(loss=(-inputs.weights * inputs.advantages * inputs.logprobs).masked_fill(~inputs.mask, 0.0), metrics={})
 """
+
+
+SEGMENT_IDS = torch.tensor([[0, 0, 1, 1], [2, 2, 2, -1]])
 
 
 @pytest.fixture(autouse=True)
@@ -43,22 +46,28 @@ def batch():
     return rollout + noise, rollout, rollout + noise + 0.1 * drift, advantages, mask
 
 
+def mismatch(old, rollout, mask):
+    return CorrectionInputs(old_logprobs=old, rollout_logprobs=rollout, mask=mask, segment_ids=SEGMENT_IDS)
+
+
 @pytest.mark.parametrize("name", [*ADVANTAGES, "my_algorithms:advantage"])
-def test_an_advantage_gives_one_finite_number_per_rollout_and_zero_for_an_uninformative_group(name):
+def test_an_advantage_gives_one_finite_number_per_rollout_and_zeros_where_all_rewards_are_equal(name):
     advantage = resolve(ADVANTAGES, name, "algorithm.advantage.name")
-    result = advantage([0.0, 1.0, 1.0], [5, 2, 9], AdvantageConfig())
-    assert len(result) == 3 and all(math.isfinite(a) for a in result)
-    assert result[0] < 0 < result[1]
-    assert advantage([1.0, 1.0], [5, 2], AdvantageConfig()) == [0.0, 0.0]
+    groups = [RewardedGroup(rewards=[0.0, 1.0, 1.0], lengths=[5, 2, 9]), RewardedGroup(rewards=[], lengths=[])]
+    groups.append(RewardedGroup(rewards=[1.0, 0.0], lengths=[3, 4]))
+    result = advantage(groups, AdvantageConfig())
+    assert [len(group) for group in result] == [3, 0, 2] and all(math.isfinite(a) for group in result for a in group)
+    assert result[0][0] < 0 < result[0][1] == result[0][2] and result[2][1] < 0 < result[2][0]
+    assert advantage([RewardedGroup(rewards=[1.0, 1.0], lengths=[5, 2])], AdvantageConfig()) == [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("name", [*CORRECTIONS, "my_algorithms:correction"])
 def test_a_correction_is_finite_without_gradient_and_blind_to_masked_tokens(name):
     correction = resolve(CORRECTIONS, name, "algorithm.correction.name")
     old, rollout, _, _, mask = batch()
-    result = correction(old, rollout, mask, CorrectionConfig())
+    result = correction(mismatch(old, rollout, mask), CorrectionConfig())
     nan = torch.full_like(old, math.nan)
-    again = correction(torch.where(mask, old, nan), torch.where(mask, rollout, nan), mask, CorrectionConfig())
+    again = correction(mismatch(torch.where(mask, old, nan), torch.where(mask, rollout, nan), mask), CorrectionConfig())
     for field in ("base_logprobs", "weights", "clip_high_scale"):
         tensor = getattr(result, field)
         assert tensor.shape == old.shape and tensor.isfinite().all() and not tensor.requires_grad
@@ -74,10 +83,11 @@ def test_a_correction_is_finite_without_gradient_and_blind_to_masked_tokens(name
 def test_a_policy_loss_raises_good_tokens_lowers_bad_ones_and_ignores_masked_ones(name):
     policy_loss = resolve(POLICY_LOSSES, name, "algorithm.policy_loss.name")
     old, rollout, logprobs, advantages, mask = batch()
-    c = CORRECTIONS["tis"](old, rollout, mask, CorrectionConfig())
+    c = CORRECTIONS["tis"](mismatch(old, rollout, mask), CorrectionConfig())
     logprobs = c.base_logprobs.clone().requires_grad_()
     output = policy_loss(PolicyLossInputs(logprobs=logprobs, base_logprobs=c.base_logprobs, advantages=advantages, mask=mask,
-                                          weights=c.weights, clip_high_scale=c.clip_high_scale), PolicyLossConfig())
+                                          weights=c.weights, clip_high_scale=c.clip_high_scale, segment_ids=SEGMENT_IDS),
+                         PolicyLossConfig())
     (gradient,) = torch.autograd.grad(output.loss.sum(), logprobs)
     assert output.loss.shape == mask.shape and (output.loss[~mask] == 0).all() and (gradient[~mask] == 0).all()
     assert torch.equal(gradient[mask].sign(), -advantages[mask].sign())

@@ -21,6 +21,11 @@ REFUSED = [
     ("algorithm.correction.truncation=0", "algorithm.correction.truncation"),
     ("algorithm.correction.truncation=nan", "algorithm.correction.truncation"),
     ("algorithm.correction.max_clip_scale=0.5", "algorithm.correction.max_clip_scale"),
+    ("algorithm.correction.rejection_high=2", "algorithm.correction.rejection_high"),
+    ("algorithm.entropy_coefficient=-0.1", "algorithm.entropy_coefficient"),
+    ("algorithm.kl.placement=reward", "algorithm.kl.placement"),
+    ("algorithm.policy_loss.aggregation=constant", "rollout.max_response_tokens"),
+    ("algorithm.policy_loss.aggregation_constant=100", "algorithm.policy_loss.aggregation_constant"),
     ("algorithm.policy_loss.clip_low=-0.1", "algorithm.policy_loss.clip_low"),
     ("algorithm.policy_loss.clip_low=1.5", "algorithm.policy_loss.clip_low"),
     ("algorithm.policy_loss.clip_high=0", "algorithm.policy_loss.clip_high"),
@@ -40,6 +45,7 @@ REFUSED = [
     ("rollout.engine_args.dtype=auto", "rollout.engine_args.dtype"),
     ("learner.zero_stage=4", "learner.zero_stage"),
     ("learner.learning_rate=0", "learner.learning_rate"),
+    ("learner.scaled_layers_multiplier=0", "learner.scaled_layers_multiplier"),
     ("learner.adam_betas=[0.9]", "learner.adam_betas"),
     ("learner.adam_betas=[0.9,1.0]", "learner.adam_betas"),
     ("learner.num_mini_batches=5", "1, 2, 4, 8, 16, 32"),
@@ -62,8 +68,16 @@ REFUSED = [
 
 REFUSED_TOGETHER = [
     (["sync.delta=true", "sync.track_changes=false"], "sync.delta"),
+    (["algorithm.correction.rejection=token", "algorithm.correction.rejection_low=6"], "algorithm.correction.rejection_low"),
+    (["algorithm.correction.rejection=k3", "algorithm.correction.rejection_high=-1"], "algorithm.correction.rejection_high"),
+    (["algorithm.correction.name=icepop", "algorithm.correction.rejection=k3"], "algorithm.correction.rejection"),
+    (["algorithm.correction.name=icepop", "algorithm.correction.rejection_low=6"], "algorithm.correction.rejection_low"),
+    (["algorithm=dr_grpo", "algorithm.policy_loss.aggregation_constant=0"], "algorithm.policy_loss.aggregation_constant"),
+    (["algorithm=cispo", "algorithm.policy_loss.dual_clip=3"], "algorithm.policy_loss.dual_clip"),
+    (["algorithm.advantage.name=rloo", "rollout.num_samples_per_prompt=1"], "rollout.num_samples_per_prompt"),
     (["quantization=none", "quantization.ignore=[down_proj]"], "quantization.ignore"),
     (["quantization=none", "quantization.update_awareness=invariant_scaling"], "quantization.update_awareness"),
+    (["quantization=none", "quantization.update_awareness=stochastic_rounding"], "quantization.update_awareness"),
     (["cluster=cpu", "sync.transport=nccl"], "sync.transport"),
     (["cluster=cpu", "cluster.colocate=true"], "cluster.colocate"),
     (["cluster=gpu_colocated", "sync.transport=nccl"], "sync.transport"),
@@ -90,6 +104,10 @@ def test_a_pair_that_contradicts_itself_is_refused(overrides: list[str], told: s
     with pytest.raises(ConfigError) as caught:
         validate(compose([*NEEDED, *overrides]))
     assert str(caught.value).startswith(told)
+
+
+def test_what_needs_no_group_runs_with_one_sample_per_prompt() -> None:
+    validate(compose([*NEEDED, "algorithm=reinforce_plus_plus", "rollout.num_samples_per_prompt=1"]))
 
 
 def test_the_transports_are_those_that_exist() -> None:

@@ -8,7 +8,21 @@ from contextlib import contextmanager
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
+from qurl.config import (
+    AdvantageConfig,
+    Aggregation,
+    AlgorithmConfig,
+    CorrectionConfig,
+    KLConfig,
+    KLEstimator,
+    KLPlacement,
+    LearnerConfig,
+    ModelConfig,
+    PolicyLossConfig,
+    QuantizationConfig,
+    Rejection,
+    SyncConfig,
+)
 from qurl.types import TrainingSample
 
 VOCAB = 300
@@ -21,6 +35,17 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
 }
+
+EVERYTHING = AlgorithmConfig(
+    advantage=AdvantageConfig(name="reinforce_plus_plus_baseline"),
+    correction=CorrectionConfig(
+        name="sequence_tis", rejection=Rejection.geometric, rejection_low=0.2, rejection_high=6.0, normalize_weights=True,
+    ),
+    policy_loss=PolicyLossConfig(name="gspo", aggregation=Aggregation.constant, aggregation_constant=24),
+    kl=KLConfig(coefficient=0.5, estimator=KLEstimator.k1, placement=KLPlacement.reward),
+    entropy_coefficient=0.02,
+)
+"""Every option that looks beyond one token at once: at the sequence, the mini-batch or the iteration."""
 
 
 def build_model(family: str = "qwen2", **overrides):
@@ -35,7 +60,7 @@ def build_model(family: str = "qwen2", **overrides):
     return model.eval()
 
 
-def build_sample(token_ids, num_prompt, *, sample_id="p0/0", advantage=1.0, rollout_logprob=-5.0):
+def build_sample(token_ids, num_prompt, *, sample_id="p0/0", advantage=1.0, rollout_logprob=-5.0, reward=0.0):
     """A sample whose first num_prompt tokens are the prompt."""
     size = len(token_ids) - num_prompt
     return TrainingSample(
@@ -44,7 +69,7 @@ def build_sample(token_ids, num_prompt, *, sample_id="p0/0", advantage=1.0, roll
         loss_mask=[False] * num_prompt + [True] * size,
         rollout_logprobs=[0.0] * num_prompt + [rollout_logprob] * size,
         advantages=[0.0] * num_prompt + [advantage] * size,
-        reward=0.0,
+        reward=reward,
         weight_version=0,
     )
 
@@ -60,6 +85,7 @@ def build_samples(num_prompts=4, num_samples=3, seed=0):
             samples.append(build_sample(
                 prompt_ids + response, len(prompt_ids), sample_id=f"p{prompt}/{index}",
                 advantage=draw.choice([-1.0, 0.5, 1.5]), rollout_logprob=-draw.uniform(1.0, 9.0),
+                reward=draw.uniform(0.0, 1.0),
             ))
     return samples
 

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+import statistics
 
 import pytest
 import torch
-from learner_cases import build_learner, build_model, build_sample, build_samples, captured_gradients, weights_of
+from learner_cases import EVERYTHING, build_learner, build_model, build_sample, build_samples, captured_gradients, weights_of
 from transformers import AutoModelForCausalLM
 
 from qurl.config import (
@@ -18,6 +19,7 @@ from qurl.config import (
     LearnerDtype,
     PolicyLossConfig,
     QuantizationConfig,
+    Rejection,
     UpdateAwareness,
 )
 from qurl.errors import NonFiniteLoss
@@ -38,40 +40,105 @@ def token_logprobs(model, sample, temperature=1.0):
     return torch.cat([picked.new_zeros(1), picked])
 
 
-def slow_tis_gradients(model, samples, aggregation, temperature, truncation):
-    """(loss, gradients) of truncated importance sampling at old = current weights, token by token in float64.
+def token_entropies(model, sample, temperature=1.0):
+    """[T] float64 entropies of what each token was drawn from; 0 at the first token."""
+    log_probs = (model(torch.tensor([sample.token_ids])).logits[0] / temperature).log_softmax(-1)[:-1]
+    return torch.cat([log_probs.new_zeros(1), -(log_probs.exp() * log_probs).sum(-1)])
 
-    There the ratio is 1, nothing is clipped, and the gradient of ratio * A is A times that of the logprob."""
+
+def slow_gradients(model, samples, algorithm, temperature, advantages=None):
+    """Gradients of tis or sequence_tis at old = current weights, token by token in float64.
+
+    There the ratio is 1, nothing is clipped, and the gradient of ratio * A is A times that of the logprob, for gspo too."""
+    correction, config = algorithm.correction, algorithm.policy_loss
     lengths = [sum(s.loss_mask) for s in samples]
-    loss = torch.zeros((), dtype=torch.float64)
-    for sample, length in zip(samples, lengths, strict=True):
-        logprobs = token_logprobs(model, sample, temperature)
-        scale = 1 / sum(lengths) if aggregation is Aggregation.token_mean else 1 / (len(samples) * length)
+    scales = {
+        Aggregation.token_mean: lambda length: 1 / sum(lengths),
+        Aggregation.sequence_mean: lambda length: 1 / (len(samples) * length),
+        Aggregation.constant: lambda length: 1 / (len(samples) * config.aggregation_constant),
+    }
+    terms, weights, bonus = [], [], torch.zeros((), dtype=torch.float64)
+    for i, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        logprobs, entropies = token_logprobs(model, sample, temperature), token_entropies(model, sample, temperature)
+        log_rhos = [logprobs[t].item() - sample.rollout_logprobs[t] for t, is_trained in enumerate(sample.loss_mask) if is_trained]
+        mean = math.exp(sum(log_rhos) / length)
+        low, high = correction.rejection_bounds
+        if correction.rejection is Rejection.geometric and not low <= mean <= high:
+            continue
         for t, is_trained in enumerate(sample.loss_mask):
             if is_trained:
-                rho = math.exp(logprobs[t].item() - sample.rollout_logprobs[t])
-                ratio = torch.exp(logprobs[t] - logprobs[t].detach())
-                loss = loss - scale * min(rho, truncation) * ratio * sample.advantages[t]
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+                of_token = logprobs[t].item() - sample.rollout_logprobs[t]
+                rho = math.exp(sum(log_rhos) if correction.name == "sequence_tis" else of_token)
+                worth = sample.advantages[t] if advantages is None else advantages[i]
+                scale = scales[config.aggregation](length)
+                weights.append(min(rho, correction.truncation))
+                terms.append(scale * weights[-1] * worth * torch.exp(logprobs[t] - logprobs[t].detach()))
+                bonus = bonus + scale * entropies[t]
+    mean_weight = sum(weights) / len(weights) if correction.normalize_weights else 1.0
+    (-sum(terms) / mean_weight - algorithm.entropy_coefficient * bonus).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(found, expected, relative=2e-5):
+    """relative to the largest entry of the same weight; the default is that of float32 forward and backward."""
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        bound = relative * expected[name].abs().max().item()
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=bound, msg=name)
 
 
 @pytest.mark.parametrize("aggregation", Aggregation)
 @pytest.mark.parametrize("budget", [10_000, 64, 1])
 def test_the_gradient_equals_a_token_by_token_loop_whatever_the_packing(model_folder, aggregation, budget):
+    constant = 24 if aggregation is Aggregation.constant else None
     algorithm = AlgorithmConfig(
-        correction=CorrectionConfig(name="tis", truncation=1.5), policy_loss=PolicyLossConfig(aggregation=aggregation),
+        correction=CorrectionConfig(name="tis", truncation=1.5),
+        policy_loss=PolicyLossConfig(aggregation=aggregation, aggregation_constant=constant),
     )
     learner = build_learner(model_folder, algorithm=algorithm, temperature=0.8, max_tokens_per_micro_batch=budget)
     with captured_gradients(learner) as found:
         learner.train_step([SAMPLES])
     reference = build_model(tie_word_embeddings=True).double()
-    _, expected = slow_tis_gradients(reference, SAMPLES, aggregation, 0.8, 1.5)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        # float32 forward and backward: relative to the largest entry of the same weight
-        bound = 2e-5 * expected[name].abs().max().item()
-        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=bound, msg=name)
+    assert_same_gradients(found, slow_gradients(reference, SAMPLES, algorithm, 0.8))
+
+
+def slow_penalized_advantages(model, initial, samples, coefficient):
+    """reinforce_plus_plus_baseline of rewards less the k1 estimate of KL(old || initial), summed over each response."""
+    with torch.no_grad():
+        log_ratios = [token_logprobs(model, s, 0.8) - token_logprobs(initial, s, 0.8) for s in samples]
+    penalties = [x[torch.tensor(s.loss_mask)].sum().item() for x, s in zip(log_ratios, samples, strict=True)]
+    rewards = [s.reward - coefficient * penalty for s, penalty in zip(samples, penalties, strict=True)]
+    prompts = [s.sample_id.rpartition("/")[0] for s in samples]
+    centered = [
+        r - statistics.mean(other for other, p in zip(rewards, prompts, strict=True) if p == prompt)
+        for r, prompt in zip(rewards, prompts, strict=True)
+    ]
+    tokens = [c for c, s in zip(centered, samples, strict=True) for _ in range(sum(s.loss_mask))]
+    mean, std = statistics.mean(tokens), math.sqrt(statistics.variance(tokens) + 1e-8)
+    return [(c - mean) / std for c in centered], sum(penalties) / len(tokens)
+
+
+@pytest.mark.parametrize("budget", [10_000, 64])
+def test_what_looks_at_sequences_mini_batches_and_iterations_equals_a_slow_loop_too(model_folder, budget):
+    learner = build_learner(model_folder, algorithm=EVERYTHING, temperature=0.8, max_tokens_per_micro_batch=budget)
+    learner.train_step([build_samples(seed=1)])
+    moved, initial = (build_model(tie_word_embeddings=True).double() for _ in range(2))
+    moved.load_state_dict(weights_of(learner), strict=False)
+    with captured_gradients(learner) as found:
+        metrics = metrics_of(learner.train_step([SAMPLES]))
+    advantages, kl = slow_penalized_advantages(moved, initial, SAMPLES, EVERYTHING.kl.coefficient)
+    # sums of float32 logprobs over a response, in an exponent and in rewards that differ by little
+    assert_same_gradients(found, slow_gradients(moved, SAMPLES, EVERYTHING, 0.8, advantages), relative=3e-4)
+    assert metrics["policy/kl_reward"] == pytest.approx(kl, rel=1e-3) and abs(kl) > 1e-3
+    assert 0 < metrics["mismatch/rejected_fraction"] < 1
+
+
+def test_a_penalty_in_the_reward_that_is_not_finite_stops_the_step(model_folder):
+    learner = build_learner(model_folder, algorithm=EVERYTHING)
+    with torch.no_grad():
+        learner.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteLoss, match=r"KL penalty is not finite in 12 samples"):
+        learner.train_step([SAMPLES])
 
 
 def test_old_logprobs_are_those_of_the_weights_at_entry(model_folder):
@@ -225,6 +292,55 @@ def test_invariant_scaling_is_in_the_weights_and_keeps_the_function(model_folder
     assert torch.equal(weights_of(folded)[name] * 2, weights_of(plain)[name])
     first, second = (metrics_of(learner.train_step([SAMPLES])) for learner in (folded, plain))
     assert first["policy/entropy"] == pytest.approx(second["policy/entropy"], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage, dtype", [(0, LearnerDtype.float32), (3, LearnerDtype.bfloat16)])
+def test_the_multiplier_moves_the_layers_that_invariant_scaling_touches_and_no_other(model_folder, zero_stage, dtype):
+    settings = {"zero_stage": zero_stage, "dtype": dtype, "learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 2}
+    plain, multiplied = (build_learner(model_folder, scaled_layers_multiplier=m, **settings) for m in (1.0, 3.0))
+    start = weights_of(plain)
+    metrics = [metrics_of(learner.train_step([SAMPLES])) for learner in (plain, multiplied)]
+    assert [m["policy/learning_rate"] for m in metrics] == [5e-3, 5e-3]
+    (once, thrice), touched = (weights_of(learner) for learner in (plain, multiplied)), 0
+    for name, before in start.items():
+        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") and name.endswith("weight"):
+            touched += 1
+            decayed = before.float() * (1 - 5e-3 * 0.1)  # once in both: the multiplier is for Adam's step alone
+            rounding = 2**-6 * before.abs().max().item()  # half a unit of bfloat16, and three times as much
+            bound = 1e-6 if dtype is LearnerDtype.float32 else rounding
+            torch.testing.assert_close(thrice[name].float() - decayed, 3 * (once[name].float() - decayed), rtol=0, atol=bound)
+        else:
+            assert torch.equal(thrice[name], once[name]), name
+    assert touched == 10
+
+
+def test_a_checkpoint_remembers_the_multiplier(model_folder, tmp_path):
+    learner = build_learner(model_folder, scaled_layers_multiplier=1.5)
+    learner.train_step([SAMPLES])
+    learner.save_checkpoint(tmp_path)
+    resumed = build_learner(model_folder, scaled_layers_multiplier=1.5)
+    resumed.load_checkpoint(tmp_path)
+    for each in (learner, resumed):
+        each.train_step([SAMPLES])
+    expected = weights_of(learner)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(resumed).items())
+    with pytest.raises(ValueError, match="scaled_layers_multiplier"):
+        build_learner(model_folder).load_checkpoint(tmp_path)
+
+
+def test_scaling_by_s_and_the_multiplier_move_a_matrix_alike_in_adams_first_step(model_folder):
+    """Adam's first step is learning_rate * sign(gradient), whatever the size of the gradient."""
+    settings = {"learning_rate": 1e-3, "max_grad_norm": 1e9, "adam_epsilon": 1e-20}
+    scaling = QuantizationConfig(update_awareness=UpdateAwareness.invariant_scaling, invariant_scale=1.5)
+    folded = build_learner(model_folder, quantization=scaling, **settings)
+    control = build_learner(model_folder, scaled_layers_multiplier=1.5, **settings)
+    start = weights_of(control)
+    for learner in (folded, control):
+        learner.train_step([SAMPLES])
+    name = "model.layers.1.self_attn.q_proj.weight"
+    moved = [1.5 * weights_of(folded)[name] - start[name], weights_of(control)[name] - start[name]]
+    assert (moved[0] - moved[1]).abs().median() < 1e-6  # both 1.5e-3; gradients of about 0 may differ in sign
+    assert moved[1].abs().median().item() == pytest.approx(1.5e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])

@@ -9,25 +9,34 @@ from qurl.learner.packing import pack
 from qurl.learner.policy import Policy
 
 
-def gradients(policy, batch):
+def gradients(policy, batch, entropy_coefficient=0.0):
     policy.zero_grad()
-    logprobs, _ = policy(batch.input_ids, batch.position_ids, batch.loss_mask)
-    (logprobs * batch.advantages).sum().backward()
+    logprobs, entropy = policy(batch.input_ids, batch.position_ids, batch.loss_mask)
+    (logprobs * batch.advantages + entropy_coefficient * entropy).sum().backward()
     return logprobs.detach(), {name: p.grad.clone() for name, p in policy.named_parameters()}
 
 
+@pytest.mark.parametrize("entropy_coefficient", [0.0, 0.3])
 @pytest.mark.parametrize("tied", [True, False])
-def test_chunks_with_recomputation_change_nothing(monkeypatch, tied):
-    policy = Policy(build_model(tie_word_embeddings=tied), temperature=1.3)
+def test_chunks_with_recomputation_change_nothing(monkeypatch, tied, entropy_coefficient):
+    policy = Policy(build_model(tie_word_embeddings=tied), temperature=1.3, entropy_gradient=bool(entropy_coefficient))
     [batch] = pack(build_samples(), 4096)
-    whole = gradients(policy, batch)
+    whole = gradients(policy, batch, entropy_coefficient)
     monkeypatch.setattr(qurl.learner.policy, "LOGIT_BYTES", 7 * 300 * 4)  # 7 tokens per chunk
-    chunked = gradients(policy, batch)
+    chunked = gradients(policy, batch, entropy_coefficient)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)  # sums of a weight's gradient in another order
 
 
-def test_no_tensor_of_all_logits_is_kept(monkeypatch):
-    policy = Policy(build_model(), temperature=1.0)
+def test_only_where_asked_for_does_the_entropy_have_a_gradient():
+    [batch] = pack(build_samples(), 4096)
+    for asked in (False, True):
+        policy = Policy(build_model(), temperature=1.0, entropy_gradient=asked)
+        assert policy(batch.input_ids, batch.position_ids, batch.loss_mask)[1].requires_grad is asked
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_no_tensor_of_all_logits_is_kept(monkeypatch, entropy_gradient):
+    policy = Policy(build_model(), temperature=1.0, entropy_gradient=entropy_gradient)
     [batch] = pack(build_samples(num_prompts=8), 4096)
     monkeypatch.setattr(qurl.learner.policy, "LOGIT_BYTES", 16 * 300 * 4)
     largest = 0

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 import torch
-from learner_cases import build_learner, build_samples, captured_gradients, weights_of
+from learner_cases import EVERYTHING, build_learner, build_samples, captured_gradients, weights_of
 
 from qurl.config import Aggregation, AlgorithmConfig, KLConfig, LearnerDtype, PolicyLossConfig
 from qurl.errors import NonFiniteLoss
@@ -45,6 +45,9 @@ def run_rank(rank, port, model_folder, folder):
     learner = build()
     with captured_gradients(learner) as found["gradients"]:
         learner.train_step([SAMPLES] if rank == 0 else [[]])  # all samples on one rank: the other runs empty micro-batches
+    learner = build(algorithm=EVERYTHING)
+    with captured_gradients(learner) as found["everything"]:
+        found["everything reports"] = train(learner, rank, 2)
     for stage, dtype in CASES:
         learner = build(zero_stage=stage, dtype=dtype)
         found[stage, dtype] = {"reports": train(learner, rank, 2), "share": weights_of(learner)}
@@ -73,8 +76,14 @@ def one_rank(model_folder):
     learner = build_learner(model_folder, **SETTINGS)
     with captured_gradients(learner) as gradients:
         learner.train_step([SAMPLES])
+    learner = build_learner(model_folder, **(SETTINGS | {"algorithm": EVERYTHING}))
+    with captured_gradients(learner) as everything:
+        everything_reports = train(learner, 0, 1)
     learner = build_learner(model_folder, **SETTINGS)
-    return {"gradients": gradients, "reports": train(learner, 0, 1), "weights": weights_of(learner)}
+    return {
+        "everything": everything, "everything reports": everything_reports, "gradients": gradients,
+        "reports": train(learner, 0, 1), "weights": weights_of(learner),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +101,18 @@ def test_spreading_samples_over_ranks_changes_no_gradient(one_rank, two_ranks):
         for name, expected in one_rank["gradients"].items():
             bound = 1e-5 * expected.abs().max().item()  # float32 sums in another order
             torch.testing.assert_close(found["gradients"][name], expected, rtol=0, atol=bound, msg=name)
+
+
+def test_nor_what_looks_at_sequences_mini_batches_and_iterations(one_rank, two_ranks):
+    for found in two_ranks[1]:
+        for name, expected in one_rank["everything"].items():
+            bound = 1e-4 * expected.abs().max().item()  # of the fourth optimizer step, after three that differ in the last bits
+            torch.testing.assert_close(found["everything"][name], expected, rtol=0, atol=bound, msg=name)
+    for iteration, reports in enumerate(one_rank["everything reports"]):
+        expected = reduce_metrics(reports)
+        joined = reduce_metrics(report for found in two_ranks[1] for report in found["everything reports"][iteration])
+        del expected["policy/padding_fraction"], joined["policy/padding_fraction"]
+        assert joined == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", range(4))

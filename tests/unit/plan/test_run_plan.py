@@ -70,6 +70,14 @@ def test_zero_stages_shard_what_they_say(needed: list[str]) -> None:
     assert [memory[s].optimizer for s in range(4)] == [3 * size] * 4  # bfloat16 at stage 0 runs as stage 1
 
 
+def test_tracking_updates_keeps_the_quantized_weights_in_float32_on_the_host(needed: list[str]) -> None:
+    plain, tracking = (plan([*needed, "quantization=int8", f"sync.track_updates={value}"]) for value in ("false", "true"))
+    model = plain.model
+    quantized = sum(math.prod(shape) for name, shape in model.parameters.items() if name.endswith("_proj.weight"))
+    assert (plain.learner.previous_weights, tracking.learner.previous_weights) == (0, 4 * quantized)
+    assert tracking.host_bytes - plain.host_bytes == 4 * quantized
+
+
 def test_cache_of_a_sequence_is_layers_times_heads_times_tokens(needed: list[str]) -> None:
     engine = plan(needed).engine
     assert engine.kv_per_sequence == 2 * 2 * 2 * 16 * 128 * 2  # k and v, layers, heads, head size, tokens, bytes
@@ -115,7 +123,7 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["algorithm.advantage.name=gae"], LAPTOP, "algorithm.advantage.name"),
         (["algorithm.policy_loss.name=nope"], LAPTOP, "algorithm.policy_loss.name"),
         (["algorithm.correction.name=os.path:dirname"], LAPTOP, "name='os.path:dirname' cannot be called with"),
-        (["algorithm.advantage.name=os:getpid"], LAPTOP, "cannot be called with (rewards, lengths, config)"),
+        (["algorithm.advantage.name=os:getpid"], LAPTOP, "cannot be called with (groups, config)"),
         (["algorithm.policy_loss.name=os:sep"], LAPTOP, "algorithm.policy_loss.name='os:sep' is a str"),
         (["reward.function=nope"], LAPTOP, "reward.function"),
         (["learner.deepspeed.zero_optimisation.stage=2"], LAPTOP, "did you mean zero_optimization"),
