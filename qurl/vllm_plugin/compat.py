@@ -88,6 +88,7 @@ def onednn_int8_is_exact() -> bool:
     16 bits, which saturate from 255 * 127 + 255 * 2 on."""
     scale = torch.ones(32, 1, dtype=torch.float32)  # models are loaded under another default dtype
     handler = onednn_int8_handler(torch.full((32, 64), 127, dtype=torch.int8), scale, torch.float32)
+    assert handler.handler_tensor is not None
     out = onednn_int8_linear(torch.full((2, 64), 127.0, dtype=torch.float32), handler.handler_tensor, 32, None)
     return bool((out == 64 * 127 * 127).all())
 
