@@ -59,6 +59,6 @@ def normalize(answer: str) -> str:
     answer = re.sub(r"\\boxed\{(.*)\}", r"\1", answer)
     answer = re.sub(r"frac([^{])(.)", r"frac{\1}{\2}", answer)
     answer = re.sub(r"sqrt([^{])", r"sqrt{\1}", answer).replace("$", "")
-    if answer.replace(",", "").isdigit():
+    if answer.replace(",", "").removeprefix("-").isdigit():
         answer = answer.replace(",", "")
     return whole_number(answer.strip())
