@@ -24,6 +24,7 @@ EXIT_FAILED, EXIT_USER, EXIT_GUARD, EXIT_INTERRUPTED = 1, 2, 3, 130
 COMMANDS = {
     "train": "train a policy by reinforcement learning with verifiable rewards",
     "plan": "show batches, memory, placement and wire bytes of a run, without starting it",
+    "eval": "avg@k, pass@k and maj@k of a model on named benchmarks, in any precision",
     "prepare": "make the data and the starting model of a recipe",
     "report": "one HTML page about a run, or several side by side",
     "export": "write a Hugging Face folder from a run or model, quantized if asked",

@@ -113,7 +113,8 @@ METRICS: dict[str, str] = {
     "time/checkpoint_s": "writing the checkpoint of the iteration before",
     "time/idle_s": "the rest: orchestration",
 }
-"""Every key an iteration may log. Evaluations add `eval/<dataset>/avg_at_k` and `eval/<dataset>/response_length_mean`."""
+"""Every key an iteration may log. Evaluations add `eval/<dataset>/` avg_at_k, response_length_mean, error_count and, with several
+samples per prompt, pass_at_k and maj_at_k."""
 
 
 def check_key(key: str) -> None:

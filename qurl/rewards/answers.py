@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 MARKER = "####"  # GSM8K's mark of the final answer
 BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{")
 FORMATTING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!,;: %$]|[\s$]")
+DECIMAL_ZEROS = re.compile(r"(-?[0-9]+)\.0{1,9}")
 WRAPPERS = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit)\{([^{}]*)\}")
 
 
@@ -35,6 +37,35 @@ def reference_answer(ground_truth: str) -> str:
         if answer is not None:
             return answer.strip()
     return ground_truth.strip()
+
+
+def accepted_answers(ground_truth: str) -> list[str]:
+    """The reference answer, or its alternatives where it is a list of strings written as Python writes one ("['2', '3']"); an
+    interval such as [0,3) or [1,2] is not such a list. ValueError where any is empty."""
+    truth = reference_answer(ground_truth)
+    answers = [truth]
+    if truth.startswith("[") and truth.endswith("]"):
+        try:
+            values = ast.literal_eval(truth)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            values = []
+        if values and all(isinstance(value, str) for value in values):
+            answers = [value.strip() for value in values]
+    if not all(answers):
+        raise ValueError(f"the ground truth {ground_truth[:80]!r} holds no answer")
+    return answers
+
+
+def boxed_answer(text: str) -> str | None:
+    """The last box, normalized; None where there is none or it is empty."""
+    answer = last_boxed(text)
+    return whole_number(normalize_latex(answer)) or None if answer is not None else None
+
+
+def whole_number(answer: str) -> str:
+    """ "142.0" as "142"; any other text as it is."""
+    found = DECIMAL_ZEROS.fullmatch(answer)
+    return found[1] if found else answer
 
 
 def normalize_latex(answer: str) -> str:

@@ -16,6 +16,11 @@ def exact(response: str, ground_truth: str, **extra: Any) -> float:
     truth = ground_truth.strip() if marked_truth is None else marked_truth
     if not truth:
         raise ValueError(f"the ground truth {ground_truth[:80]!r} holds no answer")
+    return float(truth in (response.strip(), vote(response)))
+
+
+def vote(response: str) -> str | None:
+    """The final answer; None where the response is blank or ends with the mark."""
     text = response.strip()
     answer = after_marker(text)
-    return float(truth in (text, text.rpartition("\n")[2].strip() if answer is None else answer))
+    return (text.rpartition("\n")[2].strip() if answer is None else answer) or None

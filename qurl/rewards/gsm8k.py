@@ -33,3 +33,12 @@ def _number(text: str) -> Decimal | None:
     if not numbers:
         return None
     return Decimal(numbers[-1 if marked is None else 0].replace(",", ""))
+
+
+def vote(response: str) -> str | None:
+    """The number that is scored, written in one way; None where there is none."""
+    number = _number(response)
+    if number is None:
+        return None
+    text = f"{number:f}"
+    return "0" if number == 0 else text.rstrip("0").rstrip(".") if "." in text else text

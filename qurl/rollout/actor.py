@@ -92,6 +92,7 @@ def start_engine_actor(
     device: str,
     num_gpus: float,
     scheduling_strategy: Any = "DEFAULT",
+    load_weights: bool = False,
 ) -> Any:
     """Handle of a new engine actor; its `start` builds the engine."""
     options: dict[str, Any] = {
@@ -103,4 +104,6 @@ def start_engine_actor(
         "scheduling_strategy": scheduling_strategy,
     }
     actor = ray.remote(EngineActor).options(**options)
-    return actor.remote(model, rollout, quantization, engine_id=engine_id, max_model_len=max_model_len, seed=seed)
+    return actor.remote(
+        model, rollout, quantization, engine_id=engine_id, max_model_len=max_model_len, seed=seed, load_weights=load_weights
+    )

@@ -51,7 +51,9 @@ class _Pending:
 
 
 class RolloutEngine:
-    """Samples from low-precision weights that arrive through the weight stream; samples nothing before the first commit."""
+    """Samples from low-precision weights that arrive through the weight stream; samples nothing before the first commit.
+
+    With load_weights it samples from the checkpoint at once, as version 0."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class RolloutEngine:
         engine_id: str,
         max_model_len: int,
         seed: int,
+        load_weights: bool = False,
     ):
         self.engine_id = engine_id
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
@@ -74,7 +77,7 @@ class RolloutEngine:
         self._busy_since: float | None = None
         self._stopping = False
         started: Future[None] = Future()
-        arguments = (started, model, rollout, quantization, max_model_len, seed)
+        arguments = (started, model, rollout, quantization, max_model_len, seed, load_weights)
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"engine-{engine_id}", daemon=True)
         self._thread.start()
         started.result()
@@ -138,11 +141,18 @@ class RolloutEngine:
 
     # ---- the engine thread ------------------------------------------------------------------------------------------
 
-    def _run(self, started: Future[None], model, rollout, quantization, max_model_len: int, seed: int) -> None:
+    def _run(
+        self, started: Future[None], model, rollout, quantization, max_model_len: int, seed: int, load_weights: bool
+    ) -> None:
         from qurl.rollout.vllm_engine import build_engine
 
         try:
-            self._engine, self._sampling_params = build_engine(model, rollout, quantization, max_model_len=max_model_len, seed=seed)
+            self._engine, self._sampling_params = build_engine(
+                model, rollout, quantization, max_model_len=max_model_len, seed=seed, load_weights=load_weights
+            )
+            if load_weights:
+                self._engine.set_weight_version("0")
+                self._version = 0
         except BaseException as error:  # whatever vLLM raises belongs to the caller of __init__
             started.set_exception(error)
             return

@@ -33,10 +33,18 @@ CPU_KV_CACHE_BYTES = 1 << 30
 
 
 def build_engine(
-    model: ModelConfig, rollout: RolloutConfig, quantization: QuantizationConfig, *, max_model_len: int, seed: int
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    quantization: QuantizationConfig,
+    *,
+    max_model_len: int,
+    seed: int,
+    load_weights: bool = False,
 ) -> tuple[Any, Callable[[Sampling, int], Any]]:
-    """An in-process LLMEngine without real weights (they come through the weight stream), and a maker of SamplingParams.
+    """An in-process LLMEngine, and a maker of SamplingParams.
 
+    load_weights: the engine reads the checkpoint of model.path and encodes it as it loads, from vLLM's dtype, where a learner
+    encodes from its own; without, it has no real weights before they come through the weight stream.
     Raises ValueError where engine_args names an argument that qurl controls; what vLLM raises passes through."""
     import torch
     from vllm import EngineArgs, LLMEngine, SamplingParams
@@ -55,7 +63,7 @@ def build_engine(
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         skip_tokenizer_init=True,  # token ids in, token ids out; the pool detokenizes
-        load_format="dummy",
+        load_format="auto" if load_weights else "dummy",
         logprobs_mode="processed_logprobs",  # the distribution really sampled from, whatever the temperature
         generation_config="vllm",  # nothing implicit from generation_config.json
         tensor_parallel_size=rollout.tensor_parallel_size,

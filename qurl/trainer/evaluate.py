@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from qurl.config import EvaluationConfig, RolloutConfig
+from qurl.rewards.accuracy import avg_at_k, is_right, maj_at_k, pass_at_k
 from qurl.rollout.pool import RolloutPool
 from qurl.rollout.request import Sampling
 from qurl.types import Prompt, RolloutGroup, ScoredGroup
@@ -31,11 +32,11 @@ async def evaluate(
     score: Callable[[RolloutGroup], Awaitable[ScoredGroup]],
     sampling: Sampling,
     num_samples: int,
+    vote: Callable[[str], str | None] | None,
 ) -> dict[str, float]:
-    """`eval/<name>/avg_at_k`, `.../response_length_mean` and `.../error_count` for each dataset.
+    """The metrics of `dataset_metrics` for each dataset.
 
-    avg@k is the mean over problems of the mean reward of k samples. A failed reward call counts as wrong here, and is counted.
-    progress: called with (done, total) problems."""
+    vote: of the reward function (qurl.rewards.VOTES); None where it has none. progress: called with (done, total) problems."""
     total = sum(len(p) for p in prompts.values())
     done = 0
 
@@ -49,10 +50,26 @@ async def evaluate(
 
     metrics: dict[str, float] = {}
     for name, dataset in prompts.items():
-        groups = await asyncio.gather(*(one(name, prompt) for prompt in dataset))
-        results = [result for scored in groups for result in scored.rewards]
-        lengths = [len(rollout.token_ids) for scored in groups for rollout in scored.group.rollouts]
-        metrics[f"eval/{name}/avg_at_k"] = statistics.fmean(result.value or 0.0 for result in results)
-        metrics[f"eval/{name}/response_length_mean"] = statistics.fmean(lengths)
-        metrics[f"eval/{name}/error_count"] = float(sum(result.value is None for result in results))
+        metrics |= dataset_metrics(name, await asyncio.gather(*(one(name, prompt) for prompt in dataset)), vote)
     return metrics
+
+
+def dataset_metrics(name: str, groups: Sequence[ScoredGroup], vote: Callable[[str], str | None] | None) -> dict[str, float]:
+    """`eval/<name>/` avg_at_k, response_length_mean and error_count; with several samples also pass_at_k and, with a
+    vote, maj_at_k. k is the number of samples; see qurl.rewards.accuracy.
+
+    Accuracies, whatever the reward gives a wrong answer. A failed reward call counts as wrong, and is counted."""
+    results = [result for scored in groups for result in scored.rewards]
+    right = [[is_right(result.value) for result in scored.rewards] for scored in groups]
+    num_samples = len(right[0])
+    metrics = {
+        "avg_at_k": statistics.fmean(map(avg_at_k, right)),
+        "response_length_mean": statistics.fmean(len(rollout.token_ids) for scored in groups for rollout in scored.group.rollouts),
+        "error_count": float(sum(result.value is None for result in results)),
+    }
+    if num_samples > 1:
+        metrics["pass_at_k"] = statistics.fmean(pass_at_k(flags, num_samples) for flags in right)
+        if vote is not None:
+            votes = [[vote(rollout.text) for rollout in scored.group.rollouts] for scored in groups]
+            metrics["maj_at_k"] = statistics.fmean(map(maj_at_k, right, votes))
+    return {f"eval/{name}/{key}": value for key, value in metrics.items()}

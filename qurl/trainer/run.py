@@ -18,7 +18,7 @@ from qurl.errors import ConfigError, GuardStop, one_line, remote_cause
 from qurl.learner.huggingface import check_weight_files
 from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
-from qurl.rewards import check_reward_function
+from qurl.rewards import VOTES, check_reward_function
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.interrupt import Interrupted, on_signal
 from qurl.trainer.run_folder import RunFolder
@@ -160,6 +160,7 @@ async def _train(
             score=rewards.score,
             sampling=evaluation_sampling(config.evaluation, config.rollout, stop_ids),
             num_samples=config.evaluation.num_samples_per_prompt,
+            vote=VOTES.get(config.reward.function),
         )
         loop = TrainingLoop(
             config=config, learner=learner, pool=pool, weights=weights, producer=producer, checkpoints=checkpoints, log=log,

@@ -7,11 +7,19 @@ import asyncio
 import pytest
 
 from qurl.config import RewardConfig
-from qurl.rewards import REWARDS, RewardPool, check_reward_function
+from qurl.rewards import REWARDS, VOTES, RewardPool, check_reward_function
 from qurl.types import Prompt, Rollout, RolloutGroup
 
-RESPONSES = ["so\n#### 24", "so \\boxed{24}", "24", "25", "so \\boxed{25}", "", "\0", "\\boxed{", "24" * 5000, "\u0663\U0001f600"]
-RIGHT = {"gsm8k": "so\n#### 24", "math": "so \\boxed{24}", "boxed": "so \\boxed{24}", "exact": "24", "user": "24", "verl": "24"}
+RESPONSES = [
+    "so\nAnswer: 24", "</think>so \\boxed{24}", "so\n#### 24",
+    "so \\boxed{24}", "24", "25", "so \\boxed{25}", "", "\0", "\\boxed{", "24" * 5000,
+    "\u0663\U0001f600",
+]  # fmt: skip
+RIGHT = {
+    "dapo": "so\nAnswer: 24", "deepscaler": "</think>so \\boxed{24}", "gsm8k": "so\n#### 24",
+    "math": "so \\boxed{24}", "boxed": "so \\boxed{24}", "exact": "24", "user": "24",
+    "verl": "24",
+}  # fmt: skip
 USER = """
 def reward(response, ground_truth, **extra):
     return float(response == ground_truth)
@@ -26,6 +34,10 @@ def responses_to(prompt, texts):
         Rollout(sample_index=i, token_ids=[], rollout_logprobs=[], weight_versions=[], finish_reason="stop", text=text,
                 engine_id="e", seed=i) for i, text in enumerate(texts)
     ])  # fmt: skip
+
+
+def test_every_reward_of_the_table_has_a_vote():
+    assert VOTES.keys() == REWARDS.keys()
 
 
 @pytest.fixture(params=[*sorted(REWARDS), "user", "verl"])
@@ -55,5 +67,5 @@ def test_a_reward_function_is_a_finite_function_of_text(named):
     values = [r.value for r in first.rewards]
     assert values == [r.value for r in second.rewards]
     assert values[RESPONSES.index(RIGHT[name])] == 1.0
-    assert values[RESPONSES.index("25")] == values[RESPONSES.index("so \\boxed{25}")] == values[RESPONSES.index("")] == 0.0
-    assert set(values) <= {0.0, 1.0}
+    assert values[RESPONSES.index("25")] == values[RESPONSES.index("so \\boxed{25}")] == values[RESPONSES.index("")] <= 0.0
+    assert set(values) <= {1.0, values[RESPONSES.index("")]}

@@ -37,6 +37,10 @@ def test_every_command_has_help_with_examples_or_exit_codes(command: str, capsys
         (["report", "/nowhere"], "/nowhere"),
         (["export", "/nowhere", "/nowhere2"], "/nowhere"),
         (["export", ".", "x", "--format", "int9"], "use one of none, int8"),
+        (["eval", "m", "--benchmarks", "aime26"], "benchmark 'aime26' is unknown; use aime24"),
+        (["eval", "m", "--benchmarks", "amc23", "--samples", "2", "--temperature", "1", "--k", "4"], "--k 4: pass@4"),
+        (["eval", "m", "--benchmarks", "amc23", "--data", "amc23"], "write --data NAME=FILE"),
+        (["eval", "m", "--benchmarks", "amc23", "--format", "int9"], "--format int9 is unknown"),
     ],
 )
 def test_user_errors_exit_with_2_and_one_line(argv: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qurl.rewards import REWARDS
+from qurl.rewards import REWARDS, VOTES
 from qurl.rewards.answers import last_boxed
 
 RIGHT_AND_WRONG = {
@@ -56,6 +56,66 @@ RIGHT_AND_WRONG = {
         (r"\boxed{3}", r"Hence the area is \boxed{3}.", 1.0),
         ("no idea", "5", 0.0),
         ("", "5", 0.0),
+        # what the benchmarks hold: units, percent, sets, intervals, points, bases, several values, lists as strings
+        (r"\boxed{5.4}", r"5.4 \text{ cents}", 1.0),
+        (r"\boxed{90}", r"90^\circ", 1.0),
+        (r"\boxed{80}", r"80 \%", 1.0),
+        (r"\boxed{1.8}", r"1\frac{4}{5}", 1.0),
+        (r"\boxed{-2, 1}", "1,-2", 1.0),
+        (r"\boxed{-2, 1, 3}", "1,-2", 0.0),
+        (r"\boxed{\{-2, 1\pm\sqrt{5}\}}", r"\{1\pm\sqrt{5},-2\}", 1.0),
+        (r"\boxed{(-\infty,2)\cup(3,\infty)}", r"(-\infty, 2) \cup (3, \infty)", 1.0),
+        (r"\boxed{(-\infty,2)\cup(3,4)}", r"(-\infty, 2) \cup (3, \infty)", 0.0),
+        (r"\boxed{[2,3]}", "[2,3)", 0.0),
+        (r"\boxed{y=2x+3}", "y = 2x + 3", 1.0),
+        (r"\boxed{(x,y)=(2,3)}", "(2,3)", 1.0),
+        (r"\boxed{3,2}", "(2,3)", 0.0),  # a set has no order
+        (r"\boxed{2,3}", "(2,3)", 0.0),
+        (r"\boxed{(2,3)}", "2,3", 1.0),
+        (r"\boxed{1011_2}", "1011_{2}", 1.0),
+        (r"\boxed{1011}", "1011_2", 1.0),
+        (r"\boxed{1011_3}", "1011_2", 0.0),
+        (r"\boxed{11}", "1011_2", 0.0),
+        (r"\boxed{2^{-98}}", r"\frac{1}{2^{98}}", 1.0),
+        (r"\boxed{2^{-99}}", r"\frac{1}{2^{98}}", 0.0),  # six decimals do not tell them from 0
+        (r"\boxed{0}", r"\frac{1}{2^{98}}", 0.0),
+        (r"\boxed{0.3333333}", r"\frac13", 1.0),
+        (r"\boxed{0.333}", r"\frac13", 0.0),
+        (r"\boxed{" + "9" * 3000 + "}", "7", 0.0),  # too long for an answer
+    ],
+    "deepscaler": [
+        (r"hm</think>\boxed{\frac{1}{2}}", "0.5", 1.0),
+        (r"<think>hm</think> so \boxed{2}", "['2']", 1.0),
+        (r"\boxed{2}", "2", 0.0),  # the thought never ended
+        (r"\boxed{2}</think>", "2", 0.0),
+        (r"\boxed{2}</think>the answer is 2", "2", 0.0),
+        (r"\boxed{1}</think>\boxed{2}", "2", 1.0),
+        (r"</think>\boxed{2}</think>\boxed{3}", "3", 1.0),
+        (r"</think>\boxed{2} no, \boxed{3}", "2", 0.0),
+        (r"</think>\boxed{", "2", 0.0),
+        ("", "2", 0.0),
+    ],
+    "dapo": [
+        ("Answer: 34", "34", 1.0),
+        ("so\nANSWER : $34$.", "34", 1.0),
+        ("Answer: 1\nAnswer: 34", "34", 1.0),
+        ("Answer: 34\nAnswer: 1", "34", -1.0),
+        ("Answer: 34\n" + "x" * 300, "34", -1.0),  # not in the last 300 characters
+        ("x" * 300 + "\nAnswer: 34", "34", 1.0),
+        ("Answer: 1,000", "1000", 1.0),
+        ("Answer: 142", "142.0", 1.0),
+        ("Answer: 142.5", "142.0", -1.0),
+        (r"Answer: x = \boxed{34}", "34", 1.0),
+        (r"Answer: \frac12", r"\frac{1}{2}", 1.0),
+        (r"Answer: \sqrt2", r"\sqrt{2}", 1.0),
+        (r"Answer: 34 \text{ degrees}", "34", 1.0),
+        ("Answer: 90^\\circ", "90", 1.0),
+        ("Answer: 1/2", "0.5", -1.0),  # text, no arithmetic
+        ("Answer:\n34", "34", 1.0),
+        ("the answer is 34", "34", -1.0),
+        ("Answer:", "34", -1.0),
+        ("Answer: 3", "['2', '3']", 1.0),
+        ("", "34", -1.0),
     ],
     "boxed": [
         (r"\boxed{42}", "42", 1.0),
@@ -95,20 +155,23 @@ def test_a_verifier_tells_right_from_wrong(name, response, truth, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "truth"), [("gsm8k", "none"), ("gsm8k", ""), ("math", ""), ("math", r"\boxed{}"), ("boxed", " "), ("exact", "####")]
-)
+    ("name", "truth"), [
+    ("gsm8k", "none"), ("gsm8k", ""), ("dapo", ""), ("dapo", "$ $"), ("deepscaler", " "), ("math", "['']"), ("math", ""),
+    ("math", r"\boxed{}"), ("boxed", " "), ("exact", "####")]
+)  # fmt: skip
 def test_a_ground_truth_without_an_answer_is_an_error_not_a_zero(name, truth):
     with pytest.raises(ValueError, match="ground truth"):
         REWARDS[name]("5", truth)
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "boxed", "exact"])
+@pytest.mark.parametrize("name", ["gsm8k", "boxed", "exact", "dapo"])
 @pytest.mark.parametrize("unit", ["9", "1,", "-", "{", "\\boxed{", "\\text{", "#", " "])
 def test_textual_verifiers_take_linear_time_on_a_megabyte(name, unit):
     text = unit * (1_000_000 // len(unit))
     start = time.process_time()
-    assert REWARDS[name](text, "7") == 0.0
-    assert REWARDS[name](f"\\boxed{{{text}", "7") == 0.0
+    for response in (text, f"\\boxed{{{text}", f"Answer: {text}"):
+        assert REWARDS[name](response, "7") <= 0.0
+        VOTES[name](response)
     assert time.process_time() - start < 5  # takes up to 0.5 s; a quadratic scan would take minutes
 
 
@@ -117,3 +180,38 @@ def test_nested_boxes_give_the_innermost_last_one():
     assert last_boxed(r"\boxed{a{b{c}}d} tail}") == "a{b{c}}d"
     assert last_boxed("nothing") is None
     assert last_boxed(r"\boxed{1} \boxed{2") == ""
+
+
+def test_equal_votes_have_equal_rewards_and_no_vote_is_wrong():
+    for name, cases in RIGHT_AND_WRONG.items():
+        if name in ("math", "deepscaler", "exact"):
+            continue  # arbitrary answers compared as mathematics may take any time; "exact" reads the whole text as well
+        truths = {truth for _, truth, _ in cases}
+        for truth in truths:
+            found = {}
+            for response in (response for response, _, _ in cases):
+                vote = VOTES[name](response)
+                if vote is not None:
+                    assert found.setdefault(vote, REWARDS[name](response, truth)) == REWARDS[name](response, truth), (name, vote)
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "vote"),
+    [
+        ("math", r"\boxed{ 142.0 }", "142"),
+        ("math", r"\boxed{\dfrac{1}{2}}", r"\frac{1}{2}"),
+        ("math", "142", None),
+        ("boxed", r"\boxed{}", None),
+        ("deepscaler", r"\boxed{1}</think>\boxed{2}", "2"),
+        ("deepscaler", r"\boxed{1}", None),
+        ("gsm8k", "#### 1,320.50", "1320.5"),
+        ("gsm8k", "it is -0.0", "0"),
+        ("gsm8k", "none", None),
+        ("dapo", "Answer: $1,000$ dollars", "1000"),
+        ("dapo", "1000", None),
+        ("exact", "a\n b ", "b"),
+        ("exact", " ", None),
+    ],
+)
+def test_a_vote_is_the_answer_in_normal_form(name, response, vote):
+    assert VOTES[name](response) == vote

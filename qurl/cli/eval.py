@@ -1,0 +1,122 @@
+"""`qurl eval`: the options, the progress bar, the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from typing import Any
+
+from qurl.errors import ConfigError
+
+LOG_WIDTH = 200  # of the table where standard output is no terminal
+
+EPILOG = """Benchmarks: {benchmarks}.
+Columns of the table: value [95 % interval], in percent, from a bootstrap over problems. avg@k and maj@k are over all samples.
+The same command goes on where an earlier one was killed; results.json and problems.jsonl lie in the folder --out.
+
+Examples:
+  qurl eval runs/quickstart --benchmarks gsm8k --data gsm8k=outputs/quickstart/held_out.jsonl --prompt {{problem}}=
+  qurl eval Qwen/Qwen2.5-Math-7B --benchmarks aime24 math500 --samples 32 --temperature 0.6 --top-p 0.95 --k 1 8 32 --format int8
+  qurl eval models/r1 --benchmarks amc23 --data amc23=amc.json --reward deepscaler --max-tokens 32768"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option per field of EvalConfig, whose defaults hold where an option is left out."""
+    from qurl.evaluation.benchmarks import BENCHMARKS, PROMPTS
+
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="Hugging Face folder, hub name, or run folder (its latest checkpoint)")
+    add("--benchmarks", nargs="+", required=True, metavar="NAME", help="which, see below")
+    add("--data", nargs="+", action="extend", metavar="NAME=FILE", help="a benchmark's problems from a local file")
+    add("--format", help="precision of the engines: none, int8, fp8 or fp8_block; encoded while the model loads")
+    add("--ignore", nargs="+", metavar="PATTERN", help="modules to keep in full precision")
+    add("--samples", type=int, metavar="N", help="per problem")
+    add("--k", type=int, nargs="+", metavar="K", help="of pass@k; default: the number of samples")
+    add("--temperature", type=float, help="0: greedy")
+    add("--top-p", type=float)
+    add("--max-tokens", type=int, metavar="N", help="of a response")
+    add("--max-prompt-tokens", type=int, metavar="N")
+    add("--seed", type=int)
+    add("--max-problems", type=int, metavar="N", help="the first ones only")
+    prompts = ", ".join(PROMPTS)
+    add("--prompt", metavar="NAME|TEMPLATE", help=f"{prompts}, or a text with {{problem}} in it; default: the benchmark's")
+    add("--reward", metavar="NAME", help="reward function; default: the benchmark's")
+    add("--chat-template", action=argparse.BooleanOptionalAction, help="default: where the tokenizer has one")
+    add("--out", metavar="DIR", help="default: evals/<model>-<format>")
+    add("--engines", type=int, metavar="N")
+    add("--tensor-parallel-size", type=int, metavar="N")
+    add("--engine-arg", dest="engine_args", nargs="+", action="extend", metavar="NAME=VALUE", help="handed to vLLM")
+    add("--reward-timeout-s", type=float, metavar="S", help="per response")
+    add("--reward-workers", type=int, metavar="N")
+    parser.epilog = EPILOG.format(benchmarks=", ".join(BENCHMARKS))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0. Raises ConfigError or ValueError before anything heavy starts."""
+    from qurl.evaluation.config import EvalConfig, validate
+
+    options = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if getattr(args, f.name) is not None}
+    for name in {"data", "engine_args"} & options.keys():
+        options[name] = dict(_pair(text, name) for text in options[name])
+    if "engine_args" in options:
+        options["engine_args"] = {name: _value(text) for name, text in options["engine_args"].items()}
+    config = EvalConfig(**options)
+    validate(config)
+    return _evaluate(config)
+
+
+def _evaluate(config: Any) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from qurl.evaluation.evaluate import run_evaluation
+    from qurl.evaluation.summary import table_rows
+
+    bar = Progress(
+        TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+    )  # fmt: skip
+    task = bar.add_task("problems")
+
+    def progress(done: int, total: int) -> None:
+        bar.start()  # only now: what is refused before is one line of its own
+        bar.update(task, completed=done, total=total)
+
+    try:
+        results, path = run_evaluation(config, progress)
+    finally:
+        if bar.live.is_started:  # stopping prints a line even where nothing was shown
+            bar.stop()
+    _print(table_rows(results))
+    print(path)
+    return 0
+
+
+def _print(rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], box=box.SIMPLE, pad_edge=False)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console()
+    (console if console.is_terminal else Console(width=LOG_WIDTH)).print(table)
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        shown = {"data": "--data NAME=FILE", "engine_args": "--engine-arg NAME=VALUE"}[option]
+        raise ConfigError(f"cannot read {text!r}; write {shown}")
+    return name, value
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null as JSON writes it; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

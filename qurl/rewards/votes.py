@@ -1,0 +1,24 @@
+"""What a response votes for in a majority: the answer that its reward function reads, in normal form.
+
+Votes are equal where the texts are, so 1/2 and 0.5 are two answers, though "math" calls both right: comparing every pair of
+responses as mathematics could take any time. Every function here takes time linear in the length of the response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qurl.rewards.answers import boxed_answer
+from qurl.rewards.dapo import vote as dapo_vote
+from qurl.rewards.deepscaler import vote as deepscaler_vote
+from qurl.rewards.exact import vote as exact_vote
+from qurl.rewards.gsm8k import vote as gsm8k_vote
+
+VOTES: dict[str, Callable[[str], str | None]] = {
+    "boxed": boxed_answer,
+    "dapo": dapo_vote,
+    "deepscaler": deepscaler_vote,
+    "exact": exact_vote,
+    "gsm8k": gsm8k_vote,
+    "math": boxed_answer,  # a response without a box does not vote
+}
+"""Reward of qurl.rewards.REWARDS -> its vote, a function of the response: the answer, None where there is none."""

@@ -1,0 +1,43 @@
+"""A run's weights as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qurl.errors import ConfigError
+from qurl.trainer.checkpoint import Checkpoints
+
+
+def latest_checkpoint(run_dir: Path) -> Path:
+    """Folder of the run's newest checkpoint. Raises ConfigError where there is none."""
+    checkpoint = Checkpoints(run_dir, keep_last=1).latest()
+    if checkpoint is None:
+        raise ConfigError(f"{run_dir} has no checkpoint yet; train until checkpoint.every_steps, or stop the run once with Ctrl-C")
+    return checkpoint
+
+
+async def export_run(run_dir: Path, out: Path) -> None:
+    """Load the run's latest checkpoint with as many ranks as wrote it, and write its weights. Raises ConfigError without one."""
+    from qurl.config.compose import load_config
+    from qurl.config.placement import place
+    from qurl.learner.group import LearnerGroup
+    from qurl.trainer.start import naming, ray_session
+
+    config = load_config(run_dir / "config.yaml")
+    checkpoint = latest_checkpoint(run_dir)
+    placement = place(config)
+    with ray_session(config) as ray_logs:
+        learner = LearnerGroup(
+            config.model, config.learner, config.algorithm, config.quantization, config.sync,
+            device=placement.device, threads=placement.learner_threads, seed=config.seed,
+            temperature=config.rollout.temperature, engine_dtype=config.rollout.dtype,
+            ray_options={"num_gpus": placement.gpus_per_rank},
+        )  # fmt: skip
+        try:
+            with naming("the learner did not start", ray_logs):
+                await learner.start()
+            with naming(f"checkpoint {checkpoint} was not loaded", ray_logs):
+                await learner.load_checkpoint(checkpoint.resolve())
+            await learner.export_hf(out.resolve())
+        finally:
+            learner.close()
