@@ -5,7 +5,7 @@ SHELL := /bin/bash
 QURL := .venv/bin/qurl
 PYTHON := .venv/bin/python
 
-.PHONY: help setup quickstart test unit e2e check lock bench clean
+.PHONY: help setup quickstart test unit e2e lint check lock bench clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -22,15 +22,16 @@ quickstart: setup
 test: unit e2e
 
 unit: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/unit tests/contract
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist loadfile tests/unit tests/contract
 
 e2e: setup
-	$(PYTHON) -m pytest -q tests/e2e
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests/e2e
 
-check: setup
+lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/mypy
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q tests/unit
+
+check: lint unit
 
 lock: setup
 	scripts/lock.sh

@@ -31,6 +31,11 @@ class Hardware:
     shm_bytes: int  # free in /dev/shm
     gpus: tuple[Gpu, ...]
 
+    @property
+    def int8_instructions(self) -> str:
+        """What the CPU multiplies INT8 with: "AMX", "VNNI", or "" for nothing that vLLM's kernels could use."""
+        return "AMX" if "amx_int8" in self.cpu_flags else "VNNI" if self.cpu_flags & {"avx512_vnni", "avx_vnni"} else ""
+
 
 def detect() -> Hardware:
     """This machine, as this process may use it."""

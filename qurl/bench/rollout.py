@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,12 @@ from qurl.quantization import FORMATS
 
 STOCK = "stock_"
 """Prefix of formats that run on vLLM's own method."""
+
+PROGRESS = "qurl-bench-progress"
+"""Begins a line of the child's output that says how many rounds of how many are done."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with shape, rounds done, rounds in all."""
 
 PAIRS_WITH_STOCK = {name: STOCK + name for name in FORMATS if name != "none"}
 
@@ -55,6 +61,7 @@ def run_rollout_bench(
     steps_per_round: int = 8,
     num_threads: int | None = None,
     enforce_eager: bool = True,
+    progress: Progress = lambda shape, done, total: None,
 ) -> list[RolloutRow]:
     """Rows for every shape and batch size: each format over the first one, and a qurl format over its stock counterpart.
 
@@ -67,7 +74,7 @@ def run_rollout_bench(
             "shape": shape, "formats": list(formats), "batch_sizes": list(batch_sizes), "num_rounds": num_rounds,
             "steps_per_round": steps_per_round, "enforce_eager": enforce_eager,
         }  # fmt: skip
-        measured = _measure_in_child(job, num_threads or len(os.sched_getaffinity(0)))
+        measured = _measure_in_child(job, num_threads or len(os.sched_getaffinity(0)), progress)
         for batch_size, seconds in zip(batch_sizes, measured, strict=True):
             rows += _rows(shape, batch_size, steps_per_round, seconds)
     return rows
@@ -96,17 +103,23 @@ def _bytes_per_weight(shape: str, name: str) -> float:
     return FORMATS[name.removeprefix(STOCK)].bits_per_weight((sizes["hidden_size"], sizes["hidden_size"])) / 8
 
 
-def _measure_in_child(job: dict[str, object], num_threads: int) -> list[dict[str, list[float]]]:
+def _measure_in_child(job: dict[str, object], num_threads: int, progress: Progress) -> list[dict[str, list[float]]]:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(num_threads), "GOMP_SPINCOUNT": "1000", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="qurl-bench-") as folder:
-        command = [sys.executable, "-m", "qurl.bench.rollout_child", folder]
-        child = subprocess.run(command, input=json.dumps(job), env=environment, capture_output=True, text=True)
-        result = Path(folder) / "seconds.json"
-        if child.returncode != 0 or not result.exists():
-            raise RuntimeError(f"measuring {job['shape']} failed (exit code {child.returncode}): ...{child.stderr[-2000:]}")
+        command = [sys.executable, "-m", "qurl.bench.rollout_child", folder, json.dumps(job)]
+        log, result = Path(folder) / "stderr.txt", Path(folder) / "seconds.json"
+        with log.open("w") as stderr:
+            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith(PROGRESS):
+                    done, total = map(int, line.split()[1:])
+                    progress(str(job["shape"]), done, total)
+        if child.wait() != 0 or not result.exists():
+            raise RuntimeError(f"measuring {job['shape']} failed (exit code {child.returncode}): ...{log.read_text()[-2000:]}")
         return json.loads(result.read_text())
 
 

@@ -1,17 +1,18 @@
-"""The measuring process of qurl.bench.rollout: reads a job on standard input, writes seconds.json into the folder it is given."""
+"""The measuring process of qurl.bench.rollout: FOLDER JOB, where JOB is JSON; writes seconds.json into the folder."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
-from qurl.bench.rollout import STOCK
+from qurl.bench.rollout import PROGRESS, STOCK
 from qurl.bench.rollout_shapes import write_models
 from qurl.vllm_plugin import engine_args
 
@@ -24,7 +25,14 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     """Measure every batch size and write, for each, format -> seconds of each round."""
     paths = write_models(job["shape"], job["formats"], STOCK, folder)
     engines = {name: build_engine(name, path, job["enforce_eager"]) for name, path in paths.items()}
-    seconds = [measure(engines, size, job["num_rounds"], job["steps_per_round"]) for size in job["batch_sizes"]]
+    seconds: list[dict[str, list[float]]] = []
+    total = job["num_rounds"] * len(job["batch_sizes"])
+
+    def report(round_index: int) -> None:
+        print(PROGRESS, job["num_rounds"] * len(seconds) + round_index + 1, total, flush=True)
+
+    for size in job["batch_sizes"]:
+        seconds.append(measure(engines, size, job["num_rounds"], job["steps_per_round"], report))
     (folder / "seconds.json").write_text(json.dumps(seconds))
 
 
@@ -39,7 +47,9 @@ def build_engine(name: str, path: Path, enforce_eager: bool) -> LLMEngine:
     return LLMEngine.from_engine_args(arguments)
 
 
-def measure(engines: dict[str, LLMEngine], batch_size: int, num_rounds: int, steps: int) -> dict[str, list[float]]:
+def measure(
+    engines: dict[str, LLMEngine], batch_size: int, num_rounds: int, steps: int, report: Callable[[int], None]
+) -> dict[str, list[float]]:
     """Seconds that `steps` decode steps of a full batch take, for each round; engines take turns, forwards then backwards."""
     requests = {name: start_requests(engine, batch_size, num_rounds * steps) for name, engine in engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
@@ -49,6 +59,7 @@ def measure(engines: dict[str, LLMEngine], batch_size: int, num_rounds: int, ste
             for _ in range(steps):
                 engines[name].step()
             seconds[name].append(time.perf_counter() - started)
+        report(round_index)
     for name, engine in engines.items():
         if engine.get_num_unfinished_requests() != batch_size:
             raise RuntimeError(f"{name} ran out of requests while it was measured")
@@ -73,4 +84,4 @@ def start_requests(engine: LLMEngine, batch_size: int, num_steps: int) -> list[s
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.stdin.read()))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

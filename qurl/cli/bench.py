@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+WIDTH = 160
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand per benchmark; options left out take the benchmark's own defaults."""
@@ -18,26 +20,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rollout = benchmarks.add_parser("rollout", help="decoding speed of each format, paired with full precision")
     rollout.add_argument("--shapes", nargs="+", metavar="SHAPE")
     rollout.add_argument("--batch-sizes", nargs="+", type=int, metavar="N")
+    rollout.add_argument("--steps-per-round", type=int, metavar="N", help="decode steps of an engine before the next one's turn")
+    rollout.add_argument("--num-threads", type=int, metavar="N", help="of an engine; default: all cores")
     sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
     sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
     for command in (rollout, sync):
         command.add_argument("--formats", nargs="+", metavar="FORMAT", help="none, int8, fp8, fp8_block; rollout: stock_int8 too")
+        command.add_argument("--num-rounds", type=int, metavar="N", help="turns of every format; a ratio is the median over rounds")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
 
 
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a shape, format or transport that does not exist."""
     options = {k: v for k, v in vars(args).items() if k not in ("command", "benchmark", "json") and v is not None}
-    if args.benchmark == "rollout":
-        from qurl.bench.rollout import run_rollout_bench
-
-        rows = [dataclasses.asdict(row) for row in run_rollout_bench(**options)]
-    else:
-        rows = _sync_rows(options)
+    rows = _rollout_rows(options) if args.benchmark == "rollout" else _sync_rows(options)
     _print(rows)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
     return 0
+
+
+def _rollout_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from qurl.bench.rollout import run_rollout_bench
+
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TextColumn("rounds"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting engines", total=None)
+
+        def show(shape: str, done: int, total: int) -> None:
+            bar.update(task, description=f"decoding, {shape}", completed=done, total=total)
+
+        return [dataclasses.asdict(row) for row in run_rollout_bench(**options, progress=show)]
 
 
 def _sync_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,9 +74,9 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1))
     for column in rows[0]:
-        table.add_column(column.replace("_", " "))
+        table.add_column(column.replace("_per_", "/").replace("_", " "), no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    Console(width=WIDTH).print(table)  # wider than a narrow terminal: cut numbers help nobody

@@ -35,6 +35,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. QURL_TRACEBACK=1 shows the traceback of an error."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is loaded; threads that spin for longer starve other programs
     args = _parser(sys.argv[1:] if argv is None else list(argv))
     try:
         return importlib.import_module(f"qurl.cli.{args.command}").main(args)

@@ -135,9 +135,8 @@ def _precisions(machine: Hardware) -> Iterator[Finding]:
         yield Finding(Level.fail, "instructions", "no AVX2", "vLLM's CPU backend needs AVX2; use another machine")
         return
     has = machine.cpu_flags.__contains__
-    int8 = "AMX" if has("amx_int8") else "VNNI" if has("avx512_vnni") or has("avx_vnni") else ""
     bf16 = "AMX" if has("amx_bf16") else "AVX512_BF16" if has("avx512_bf16") else ""
-    yield _native("int8", int8, "no faster than bf16 here")
+    yield _native("int8", machine.int8_instructions, "the right numbers, by floating-point products")
     yield _native("bf16", bf16, "consider rollout.engine_args.dtype=float32")
     yield Finding(Level.ok, "fp8, fp8_block", "emulated on every CPU: exact numbers, slow")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from qurl.config.plain import flat
 from qurl.observability.step_log import read_step_log
 
 
@@ -80,17 +81,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a configuration but a {type(config).__name__}")
     return flat(config)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
 
 
 def _last_rollouts(folder: Path, last_step: int) -> list[dict[str, Any]]:

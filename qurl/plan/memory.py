@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from qurl.config.learner import LearnerDtype
 from qurl.config.run import TrainConfig
+from qurl.hardware import Hardware
 from qurl.learner.policy import LOGIT_BYTES
 from qurl.plan.model_facts import ModelFacts
 from qurl.quantization import FORMATS
@@ -60,7 +61,7 @@ class EngineMemory:
 
 
 def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) -> int:
-    """Bytes of one full weight update, which are also the bytes of the engine's weights."""
+    """Bytes of one full weight update."""
     plain = DTYPE_BYTES[config.rollout.dtype]
     bits_per_weight = FORMATS[config.quantization.format].bits_per_weight
     total = 0.0
@@ -68,6 +69,17 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
         quantized = name.removesuffix(".weight") in targets
         total += math.prod(shape) * (bits_per_weight(shape) / 8 if quantized else plain)
     return math.ceil(total)
+
+
+def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], machine: Hardware, device: str) -> int:
+    """What an engine keeps of the weights: the bytes of the wire. INT8 on a CPU without instructions for it takes four a weight
+    where activations are not bfloat16."""
+    on_wire = wire_bytes(config, model, targets)
+    is_wide = config.quantization.format == "int8" and config.rollout.dtype != "bfloat16" and device == "cpu"
+    if not is_wide or not machine.cpu_flags or machine.int8_instructions:
+        return on_wire
+    codes = sum(math.prod(shape) for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets)
+    return on_wire + 3 * codes
 
 
 def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int) -> LearnerMemory:

@@ -15,6 +15,7 @@ from qurl.plan.memory import (
     EngineMemory,
     LearnerMemory,
     engine_memory,
+    engine_weight_bytes,
     learner_memory,
     wire_bytes,
 )
@@ -56,7 +57,8 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     batch = plan_batch(config)
     wire = wire_bytes(config, model, targets)
     learner = learner_memory(config, model, wire)
-    engine = engine_memory(config, model, wire, batch.longest_tokens, batch.num_samples_per_engine, placement.device)
+    held = engine_weight_bytes(config, model, targets, machine, placement.device)
+    engine = engine_memory(config, model, held, batch.longest_tokens, batch.num_samples_per_engine, placement.device)
     plan = RunPlan(
         batch=batch,
         model=model,

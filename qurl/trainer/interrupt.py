@@ -41,11 +41,10 @@ async def or_interrupt(awaitable: Awaitable[T], interrupt: asyncio.Event) -> T:
     stop = asyncio.ensure_future(interrupt.wait())
     try:
         await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
     finally:
         stop.cancel()
-        if not work.done():
-            work.cancel()
-    if work.done():
-        return work.result()
-    await asyncio.gather(work, return_exceptions=True)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)  # also where the caller is cancelled: what it awaited has ended then
     raise Interrupted

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 import fcntl
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 
 from qurl.config import TrainConfig
+from qurl.config.plain import flat, resolved
 from qurl.errors import ConfigError
 
 FREE_KEYS = frozenset({"num_steps", "run_name", "output_dir", "logging", "evaluation", "checkpoint", "cluster"})
@@ -70,29 +69,3 @@ class RunFolder:
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise ConfigError(f"{key}={now.get(key)}: the run in {self.path} was started with {before.get(key)}{more}; "
                               "resume with the same arguments or choose another run_name")  # fmt: skip
-
-
-def resolved(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain data; enums by name."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, enum.Enum):
-            return value.name
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return value
-
-    return plain(asdict(config))
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves |= flat(value, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = value
-    return leaves

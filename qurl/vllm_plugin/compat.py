@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -79,22 +80,49 @@ def onednn_int8_handler(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> ops
     return ops.create_onednn_scaled_mm(codes.t(), scale, dtype, True, False, 32)
 
 
+@cache
+def onednn_int8_is_exact() -> bool:
+    """Whether oneDNN's INT8 products are right on this CPU.
+
+    Without VNNI instructions they are not, silently: activations are shifted to 0..255, and two neighbouring products are added in
+    16 bits, which saturate from 255 * 127 + 255 * 2 on."""
+    scale = torch.ones(32, 1, dtype=torch.float32)  # models are loaded under another default dtype
+    handler = onednn_int8_handler(torch.full((32, 64), 127, dtype=torch.int8), scale, torch.float32)
+    out = onednn_int8_linear(torch.full((2, 64), 127.0, dtype=torch.float32), handler.handler_tensor, 32, None)
+    return bool((out == 64 * 127 * 127).all())
+
+
+def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [T, I] and scales float32 [T, 1] of x [T, I], contiguous."""
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scale = torch.empty((x.shape[0], 1), dtype=torch.float32)
+    torch.ops._C.dynamic_scaled_int8_quant(codes, x, scale, None)
+    return codes, scale
+
+
 def onednn_int8_linear(x: Tensor, handler_tensor: Tensor, rows: int, bias: Tensor | None) -> Tensor:
     """x [T, I] contiguous -> [T, rows] in x's dtype; quantizes x per token.
 
     The calls that vLLM's wrappers make, without their Python: a decode step makes them a hundred times."""
-    num_tokens = x.shape[0]
-    codes = torch.empty_like(x, dtype=torch.int8)
-    scale = torch.empty((num_tokens, 1), dtype=torch.float32)
-    torch.ops._C.dynamic_scaled_int8_quant(codes, x, scale, None)
-    out = torch.empty((num_tokens, rows), dtype=x.dtype)
+    codes, scale = int8_quantize(x)
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
     torch.ops._C.onednn_scaled_mm(out, codes, scale, None, None, bias, handler_tensor)
     return out
 
 
 def fused_norm_usable(x: Tensor, weight: Tensor) -> bool:
     """Whether vLLM's C++ norm takes x [..., H]: whole vectors of contiguous values, in the dtype of the weight [H]."""
-    return x.dtype == weight.dtype and x.is_contiguous() and x.shape[-1] % 16 == 0 and hasattr(torch.ops._C, "fused_add_rms_norm")
+    return x.dtype == weight.dtype and x.is_contiguous() and x.shape[-1] % 16 == 0 and _norm_rounds_to_nearest(x.dtype)
+
+
+@cache
+def _norm_rounds_to_nearest(dtype: torch.dtype) -> bool:
+    """Whether the C++ norm rounds as torch does; where there is no AVX512 it cuts bfloat16 off, and every sum loses half a bit."""
+    if not hasattr(torch.ops._C, "fused_add_rms_norm"):
+        return False
+    total = torch.full((1, 16), 0.75 * torch.finfo(dtype).eps, dtype=dtype)
+    torch.ops._C.fused_add_rms_norm(torch.ones(1, 16, dtype=dtype), total, torch.ones(16, dtype=dtype), 1e-6)
+    return bool((total == 1 + torch.finfo(dtype).eps).all())
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -127,7 +155,9 @@ def is_plain_sampling(metadata: SamplingMetadata) -> bool:
 
 def _is_idle(processor: object) -> bool:
     """Whether the logits processor is one of vLLM's own and no request uses it."""
-    active = {MinPLogitsProcessor: "min_p_count", LogitBiasLogitsProcessor: "biases", MinTokensLogitsProcessor: "min_toks"}
+    active: dict[type, str] = {
+        MinPLogitsProcessor: "min_p_count", LogitBiasLogitsProcessor: "biases", MinTokensLogitsProcessor: "min_toks",
+    }  # fmt: skip
     return type(processor) in active and not getattr(processor, active[type(processor)])
 
 

@@ -32,9 +32,9 @@ def draw(logits: Tensor, uniforms: Tensor, temperatures: Sequence[float] | None 
     logits: [B, V] of any floating dtype, computed with in float32; -inf is never drawn, a row with nan gives nan. uniforms: float64
     [B] in [0, 1). temperatures: [B], > 0; None is 1 everywhere."""
     num_rows, size = logits.shape
-    scaled = torch.zeros(-(-size // BLOCK) * BLOCK)  # one row at a time; zero behind the vocabulary
+    scaled = torch.zeros(-(-size // BLOCK) * BLOCK, dtype=torch.float32)  # one row at a time; zero behind the vocabulary
     row, blocks = scaled[:size], scaled.view(-1, BLOCK)
-    sums, top = torch.empty(num_rows, len(blocks)), torch.empty(num_rows, 1)
+    sums, top = (torch.empty(num_rows, width, dtype=torch.float32) for width in (len(blocks), 1))
     for index in range(num_rows):
         row.copy_(logits[index])
         if temperatures is not None:
@@ -99,6 +99,7 @@ class QurlSampler(Sampler):
         """vLLM's contract."""
         if args or kwargs or self.logprobs_mode != "processed_logprobs" or not is_plain_sampling(sampling_metadata):
             return super().forward(logits, sampling_metadata, *args, **kwargs)
+        assert sampling_metadata.temperature is not None, "vLLM leaves it out where all requests are greedy"
         temperatures = sampling_metadata.temperature.tolist()
         uniforms = self._uniforms(sampling_metadata.generators, len(logits))
         tokens, logprobs = draw(logits, uniforms, None if all(value == 1 for value in temperatures) else temperatures)

@@ -1,6 +1,8 @@
 """What multiplies: one kernel per layer, chosen once from format, device, dtype and shape.
 
-    int8       CPU: vLLM's AMX kernel where the CPU has AMX, activations are bfloat16 and the shape fits; else oneDNN.
+    int8       CPU: vLLM's AMX kernel where the CPU has AMX, activations are bfloat16 and the shape fits; else oneDNN. On a CPU
+               without VNNI oneDNN's products are wrong: there torch's kernel for INT8 weights where activations are bfloat16
+               and the shape fits, else float32 products.
                GPU: vLLM's choice (CUTLASS first).
     fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
     fp8_block  the same.
@@ -16,11 +18,11 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 
 from qurl.quantization import FORMATS
 from qurl.quantization.base import QuantizationFormat
@@ -69,12 +71,19 @@ def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> 
 
         kernel = select_cuda_kernel(format, layer, shape)
     elif format.name == "int8":
-        usable = compat.amx_int8_usable(shape.rows, shape.columns, shape.dtype)
-        kernel = AmxInt8(shape) if usable else OneDnnInt8(shape)
+        kernel = _cpu_int8_kernel(shape)
     else:
         kernel = Emulation(format, shape)
     _announce(format, kernel)
     return kernel
+
+
+def _cpu_int8_kernel(shape: LayerShape) -> LinearKernel:
+    if compat.amx_int8_usable(shape.rows, shape.columns, shape.dtype):
+        return AmxInt8(shape)
+    if compat.onednn_int8_is_exact():
+        return OneDnnInt8(shape)
+    return NarrowInt8(shape) if shape.dtype == torch.bfloat16 and shape.columns % NarrowInt8.COLUMNS == 0 else WideInt8(shape)
 
 
 class AmxInt8(LinearKernel):
@@ -121,6 +130,58 @@ class OneDnnInt8(LinearKernel):
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
+
+
+class NarrowInt8(LinearKernel):
+    """INT8 weights, widened in registers, times activation codes in bfloat16, which holds them exactly: torch's kernel for
+    weight-only quantization. It sums in float32 and rounds the sum to bfloat16, before the scales and once more after them."""
+
+    COLUMNS: ClassVar[int] = 32  # of which it wants a multiple; with others it reads beyond the end
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.codes = self.scale = self.row_scale = torch.empty(0)
+        self.ones = torch.ones(shape.rows, dtype=torch.bfloat16)
+
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
+        self.codes = _into(self.codes, codes)
+        self.scale = _into(self.scale, scale)
+        self.row_scale = self.scale.view(1, -1)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() != 2:
+            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
+        codes, scale = compat.int8_quantize(x)
+        sums = torch._weight_int8pack_mm(codes.bfloat16(), self.codes, self.ones)
+        out = (sums * scale).mul_(self.row_scale)  # float32
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
+        return self.codes, self.scale
+
+
+class WideInt8(LinearKernel):
+    """Codes held and multiplied as float32, at the speed of a float32 matrix product and with four bytes a weight.
+
+    Sums of code products are exact below 2^24 and correctly rounded float32 operations beyond, so results are those of integers up
+    to float32 rounding."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.codes = self.scale = self.row_scale = torch.empty(0)
+
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
+        self.codes = _into(self.codes, codes.float())
+        self.scale = _into(self.scale, scale)
+        self.row_scale = self.scale.view(1, -1)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() != 2:
+            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
+        codes, scale = compat.int8_quantize(x)
+        out = functional.linear(codes.float(), self.codes).mul_(scale).mul_(self.row_scale)
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
+        return self.codes.to(torch.int8), self.scale
 
 
 class Emulation(LinearKernel):
@@ -202,6 +263,8 @@ def _announce(format: QuantizationFormat, kernel: LinearKernel) -> None:
     _announced.add(name)
     if isinstance(kernel, Emulation):
         logger.warning("%s is emulated on this device: exact codes and scales, float32 products, slow", format.name)
+    elif isinstance(kernel, NarrowInt8 | WideInt8):
+        logger.warning("this CPU has no VNNI, without which oneDNN's INT8 products are wrong: int8 is multiplied in floating point")
     else:
         logger.info("%s linear layers run on %s", format.name, type(kernel).__name__)
 

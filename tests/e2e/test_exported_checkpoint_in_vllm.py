@@ -12,6 +12,7 @@ import transformers
 
 from qurl.quantization import FORMATS, export_checkpoint
 
+NEEDS_AMX = pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's CPU kernel for FP8 blocks needs AMX")
 PROMPT = [5, 17, 3, 88, 41, 9, 60, 2, 77, 30, 54, 11]
 
 # vLLM changes the process it runs in (threads, seeds, environment), hence a process of its own.
@@ -62,7 +63,7 @@ def vllm_prompt_logprobs(folder) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "family"),
     # vLLM's CPU kernel for FP8 blocks takes no bfloat16 bias, and Qwen2 has biases
-    [("int8", "Qwen2"), ("fp8", "Qwen2"), ("fp8_block", "Llama")],
+    [("int8", "Qwen2"), ("fp8", "Qwen2"), pytest.param("fp8_block", "Llama", marks=NEEDS_AMX)],
 )
 def test_vllm_loads_an_exported_checkpoint_and_agrees_with_its_decoded_weights(tmp_path, name, family):
     model = random_decoder(family)

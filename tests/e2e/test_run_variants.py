@@ -1,5 +1,7 @@
 """The same short run over other engines, ranks, transports, formats and with overlap."""
 
+import json
+
 import pytest
 
 pytestmark = pytest.mark.e2e
@@ -26,3 +28,16 @@ def test_a_run_goes_through(command_line, name):
     assert any(row["policy/grad_norm"] > 0 for row in rows)
     if "overlap" in name:
         assert max(row["rollout/staleness_max"] for row in rows) > 0
+
+
+def test_the_rollout_benchmark_measures_every_pair(command_line):
+    code, output = command_line.run(
+        "bench", "rollout", "--shapes", "tiny", "--batch-sizes", "1", "4", "--num-rounds", "3", "--steps-per-round", "2",
+        "--num-threads", "1", "--json", "rows.json",
+    )  # fmt: skip
+    assert code == 0, output
+    rows = json.loads((command_line.folder / "rows.json").read_text())
+    pairs = {("none", "none"), ("int8", "none"), ("stock_int8", "none"), ("int8", "stock_int8")}
+    found = {(row["batch_size"], row["format"], row["baseline"]) for row in rows}
+    assert found == {(size, *pair) for size in (1, 4) for pair in pairs}
+    assert all(0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] for row in rows)

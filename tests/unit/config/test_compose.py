@@ -61,7 +61,7 @@ def test_a_recipe_may_be_a_file_that_chooses_options(tmp_path: Path) -> None:
 
 
 def test_the_saved_configuration_of_a_run_composes_to_itself(tmp_path: Path) -> None:
-    from qurl.trainer.run_folder import resolved
+    from qurl.config.plain import resolved
 
     config = compose([*NEEDED, "data=gsm8k", "algorithm=dapo", "quantization=none", "learner.dtype=bfloat16", "data.eval.b.path=y"])
     path = tmp_path / "config.yaml"

@@ -160,3 +160,16 @@ def test_a_folder_that_is_no_model_is_refused_by_its_key(needed: list[str], tmp_
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match="model.path="):
         plan([*needed, f"model.path={tmp_path}"])
+
+
+def test_int8_without_instructions_for_it_is_held_in_four_bytes_a_weight(needed: list[str]) -> None:
+    flags = ("fma", "avx512_vnni", "amx_int8")
+    machines = {flag: dataclasses.replace(LAPTOP, cpu_flags=frozenset(["avx2", flag])) for flag in flags}
+    float32 = [*needed, "quantization=int8", "rollout.engine_args.dtype=float32"]
+    held = {name: plan(float32, machine).engine.weights for name, machine in machines.items()}
+    assert held["avx512_vnni"] == held["amx_int8"] == plan(float32).wire_bytes
+    in_bfloat16 = plan([*needed, "quantization=int8"], machines["fma"])
+    assert in_bfloat16.engine.weights == in_bfloat16.wire_bytes
+    facts = plan(float32).model
+    codes = sum(math.prod(facts.parameters[f"{name}.weight"]) for name in facts.linear_names if name != "lm_head")
+    assert held["fma"] == held["amx_int8"] + 3 * codes

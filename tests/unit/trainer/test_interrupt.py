@@ -1,6 +1,7 @@
 """The first signal asks, the second one insists."""
 
 import asyncio
+import gc
 import os
 import signal
 
@@ -41,3 +42,26 @@ def test_what_is_done_wins_over_an_interrupt_and_an_error_passes():
             await or_interrupt(failed, interrupt)
 
     asyncio.run(run())
+
+
+def test_a_cancelled_caller_leaves_nothing_running_and_no_error_unheard(caplog):
+    ended = []
+
+    async def work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def play():
+        caller = asyncio.ensure_future(or_interrupt(asyncio.gather(work(), work()), asyncio.Event()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert ended == [True, True]
+
+    asyncio.run(play())
+    gc.collect()  # asyncio complains of an exception that nobody asked for when its future is collected
+    assert caplog.text == ""

@@ -13,6 +13,8 @@ from qurl.vllm_plugin import compat
 def test_the_fused_norm_is_rms_norm(shape, dtype):
     x, residual = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight = torch.linspace(0.5, 1.5, shape[-1]).to(dtype)
+    if not compat.fused_norm_usable(x, weight):
+        pytest.skip("on this CPU vLLM's norm cuts bfloat16 off, and is not used")
 
     def exact(values):
         return values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.double()
