@@ -5,9 +5,11 @@ from qurl.config.algorithm import (
     Aggregation,
     AlgorithmConfig,
     CorrectionConfig,
+    DynamicSamplingConfig,
     KLConfig,
     KLEstimator,
     KLPlacement,
+    OverlongConfig,
     PolicyLossConfig,
     Rejection,
 )
@@ -22,7 +24,8 @@ from qurl.config.sync import SyncConfig
 
 __all__ = [
     "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig", "DataConfig",
-    "DatasetConfig", "Device", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config", "KLConfig", "KLEstimator",
-    "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "OverlongPrompts", "PolicyLossConfig",
-    "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+    "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config",
+    "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "OverlongConfig",
+    "OverlongPrompts", "PolicyLossConfig", "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig", "SyncConfig",
+    "TrainConfig", "UpdateAwareness", "WandbMode",
 ]

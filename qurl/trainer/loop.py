@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qurl.config import TrainConfig
+from qurl.errors import GuardStop
 from qurl.learner.group import LearnerGroup
 from qurl.observability.metrics import Max, Metric, Sum, reduce_metrics
 from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
 from qurl.rollout.pool import RolloutPool
-from qurl.trainer.batch import check_reward_errors, rollout_metrics, training_samples
+from qurl.trainer.batch import check_reward_errors, overlong_metrics, rollout_metrics, training_samples
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.interrupt import Interrupted, or_interrupt
 from qurl.trainer.producer import Batch, Producer
@@ -92,11 +93,16 @@ class TrainingLoop:
 
     async def _train(self, step: int, groups: list[ScoredGroup]) -> dict[str, Metric]:
         self.log.stage("update")
-        samples = training_samples(groups, self.config.algorithm)
+        limit = self.config.rollout.max_response_tokens
+        samples = training_samples(groups, self.config.algorithm, limit)
+        if not samples:
+            raise GuardStop(f"iteration {step} has nothing to train: every response is empty, without a reward or cut at "
+                            f"rollout.max_response_tokens={limit} (algorithm.overlong.filter); raise it, or check the "
+                            "prompts and the reward function")  # fmt: skip
         start = time.monotonic()
         metrics, timings = await self.learner.train_step(samples)
         self.timeline.add(start, timings, total=time.monotonic() - start)
-        return metrics
+        return metrics | overlong_metrics(groups, self.config.algorithm.overlong, limit)
 
     async def _publish(self, version: int) -> dict[str, Metric]:
         self.log.stage("sync")
