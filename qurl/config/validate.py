@@ -5,7 +5,7 @@ What depends on the machine, the model, files or plug tables is checked in qurl.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from qurl.config.algorithm import (
@@ -58,6 +58,7 @@ def validate(config: TrainConfig) -> None:
     _evaluation(config.evaluation)
     _periphery(config.checkpoint, config.cluster, config.logging)
     _batch(config)
+    _stages(config)
     _devices(config)
 
 
@@ -270,6 +271,24 @@ def _batch(config: TrainConfig) -> None:
         learner.max_tokens_per_micro_batch,
         f"at least {longest} = data.max_prompt_tokens + rollout.max_response_tokens",
     )
+
+
+def _stages(config: TrainConfig) -> None:
+    """Stages are in order, and each of them could be a run of its own."""
+    before = 0
+    for index, stage in enumerate(config.stages):
+        key = f"stages[{index}]."
+        after = f"a number > {before}: stages are listed in the order in which they begin, and rollout itself is what comes before"
+        _require(stage.from_step > before, f"{key}from_step", stage.from_step, after)
+        before = stage.from_step
+        changes = [f.name for f in fields(stage) if f.name != "from_step" and getattr(stage, f.name) is not None]
+        names = ", ".join(f.name for f in fields(stage) if f.name != "from_step")
+        _require(bool(changes), f"{key[:-1]}", f"from_step {stage.from_step}", f"one of {names} in it, or leave it out")
+        _at_least(1, key, stage, *changes)
+        try:
+            _batch(replace(config, rollout=config.rollout_of_stage(index + 1)))
+        except ConfigError as error:
+            raise ConfigError(f"stages[{index}] (from iteration {stage.from_step}): {error}") from error
 
 
 def _dynamic_batch(config: DynamicSamplingConfig, rollout: RolloutConfig) -> None:

@@ -126,6 +126,11 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["rollout.tensor_parallel_size=3", "cluster=gpu"], with_gpus(8), "use one of 1, 2, 4"),
         (["rollout.max_response_tokens=1000", "learner.max_tokens_per_micro_batch=2000"], LAPTOP, "512 positions"),
         (["evaluation.max_response_tokens=1000"], LAPTOP, "512 positions"),
+        (["stages=[{from_step:9,max_response_tokens:500}]", "learner.max_tokens_per_micro_batch=600"], LAPTOP, "512 positions"),
+        (
+            ["stages=[{from_step:9,max_response_tokens:128}]", "rollout.engine_args.kv_cache_memory_bytes=40000"],
+            LAPTOP, "does not hold one sequence of 192 tokens; use at least 49152",
+        ),
         (["cluster=gpu"], LAPTOP, "cluster.device=cuda"),
         (["cluster=gpu", "learner.num_ranks=8"], with_gpus(8), "need 9 GPUs, 8 found"),
         (["cluster=gpu", "quantization=fp8"], with_gpus(2, capability=(8, 0)), "use quantization=int8"),
