@@ -87,6 +87,8 @@ def _run(config: TrainConfig) -> None:
     name = config.run_name
     _require(bool(name) and name not in (".", "..") and "/" not in name, "run_name", repr(name), "a folder name without /")
     _require(bool(config.output_dir), "output_dir", "''", "a folder, e.g. runs")
+    positions = config.model.max_position_embeddings
+    _require(positions is None or positions >= 1, "model.max_position_embeddings", positions, "null or a number >= 1")
     _require(bool(config.model.path), "model.path", "''", "a local folder or a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
 
 

@@ -75,7 +75,8 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
     if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_response_tokens (or evaluation's, or that of stages) = {longest} exceeds the "
-            f"model's {model.max_position_embeddings} positions; lower one of them"
+            f"model's {model.max_position_embeddings} positions; lower one of them, or raise model.max_position_embeddings "
+            "where its rotary embeddings go further"
         )
     limit = config.rollout.engine_args.get("max_model_len")
     if limit is not None and limit < longest:
