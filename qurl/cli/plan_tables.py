@@ -8,18 +8,22 @@ from rich import box
 from rich.table import Table
 
 from qurl.config.run import TrainConfig
-from qurl.plan import RunPlan
+from qurl.plan import BatchPlan, EngineMemory, RunPlan
 
 GIB = 1 << 30
 
 
 def plan_tables(config: TrainConfig, plan: RunPlan) -> Iterator[Table]:
     """One table per subject."""
-    yield _table("Iteration", _batch_rows(config, plan))
+    yield _table("Iteration", _batch_rows(config, plan.batch, 0))
+    for index, stage in enumerate(plan.stages, start=1):
+        yield _table(f"From iteration {stage.from_step} on", _batch_rows(config, stage.batch, index))
     yield _table("Model and weight stream", _model_rows(config, plan))
     yield _table("Placement", _placement_rows(config, plan))
     yield _table(f"Memory of a learner rank (ZeRO {config.learner.zero_stage})", _learner_rows(plan))
-    yield _table("Memory of an engine", _engine_rows(plan))
+    yield _table("Memory of an engine", _engine_rows(plan.engine))
+    for stage in plan.stages:
+        yield _table(f"Memory of an engine from iteration {stage.from_step} on", _engine_rows(stage.engine))
 
 
 def _table(title: str, rows: Iterator[tuple[str, str]]) -> Table:
@@ -31,9 +35,9 @@ def _table(title: str, rows: Iterator[tuple[str, str]]) -> Table:
     return table
 
 
-def _batch_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
-    batch, learner = plan.batch, config.learner
-    group = config.rollout.num_samples_per_prompt
+def _batch_rows(config: TrainConfig, batch: BatchPlan, stage: int) -> Iterator[tuple[str, str]]:
+    learner = config.learner
+    group = config.rollout_of_stage(stage).num_samples_per_prompt
     yield "samples", f"{batch.num_prompts} prompts x {group} = {batch.num_samples:,}, {batch.num_samples_per_engine:,} per engine"
     yield "tokens", f"at most {batch.max_tokens:,} ({batch.longest_tokens:,} per sample)"
     yield "mini-batches", f"{batch.num_mini_batches} of {batch.num_samples_per_mini_batch:,} samples, an optimizer step each"
@@ -41,7 +45,8 @@ def _batch_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, str]]
         "micro-batches",
         f"at most {batch.max_micro_batches} of {learner.max_tokens_per_micro_batch:,} tokens, per rank and mini-batch",
     )
-    yield "run", f"{config.num_steps:,} iterations, {batch.num_optimizer_steps:,} optimizer steps"
+    if stage == 0:
+        yield "run", f"{config.num_steps:,} iterations, {batch.num_optimizer_steps:,} optimizer steps"
 
 
 def _model_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, str]]:
@@ -91,8 +96,7 @@ def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield "previous weights", f"{_size(memory.previous_weights)} in host memory"
 
 
-def _engine_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
-    memory = plan.engine
+def _engine_rows(memory: EngineMemory) -> Iterator[tuple[str, str]]:
     yield "weights", _size(memory.weights)
     yield "cache", f"{_size(memory.kv_per_sequence)} per full-length sequence, {_size(memory.kv_all)} for {memory.num_sequences}"
     if memory.kv_pool is not None:

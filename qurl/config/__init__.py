@@ -5,9 +5,11 @@ from qurl.config.algorithm import (
     Aggregation,
     AlgorithmConfig,
     CorrectionConfig,
+    DynamicSamplingConfig,
     KLConfig,
     KLEstimator,
     KLPlacement,
+    OverlongConfig,
     PolicyLossConfig,
     Rejection,
 )
@@ -16,13 +18,14 @@ from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig
 from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, QuantizationConfig, UpdateAwareness
 from qurl.config.reward import RewardConfig
-from qurl.config.rollout import RolloutConfig
+from qurl.config.rollout import RolloutConfig, StageConfig
 from qurl.config.run import CheckpointConfig, ClusterConfig, Device, EvaluationConfig, LoggingConfig, TrainConfig, WandbMode
 from qurl.config.sync import SyncConfig
 
 __all__ = [
     "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig", "DataConfig",
-    "DatasetConfig", "Device", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config", "KLConfig", "KLEstimator",
-    "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "OverlongPrompts", "PolicyLossConfig",
-    "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+    "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config",
+    "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "OverlongConfig",
+    "OverlongPrompts", "PolicyLossConfig", "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig", "StageConfig",
+    "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
 ]

@@ -100,6 +100,24 @@ class KLConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class OverlongConfig:
+    """What is done about responses that come near rollout.max_response_tokens (DAPO, arXiv:2503.14476 section 3.4)."""
+
+    penalty_tokens: int = 0  # soft punishment over the last so many tokens; 0: none. verl's overlong_buffer.len
+    penalty: float = 1.0  # what is subtracted from the reward at full length; verl's overlong_buffer.penalty_factor
+    filter: bool = False  # truncated responses are left out of the loss; they stay in the statistics of their group
+
+
+@dataclass(kw_only=True, slots=True)
+class DynamicSamplingConfig:
+    """Prompts whose rollouts all earn the same are replaced by others before training (DAPO, arXiv:2503.14476 section 3.2)."""
+
+    enabled: bool = False  # verl's filter_groups.enable
+    num_prompts_per_generation: int | None = None  # sampled at a time; null: rollout.num_prompts_per_step. verl's gen_batch_size
+    max_generations: int = 10  # per iteration; then what was found is trained. verl's filter_groups.max_num_gen_batches
+
+
+@dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
     """GRPO with a correction for quantized rollouts."""
 
@@ -107,4 +125,6 @@ class AlgorithmConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     entropy_coefficient: float = 0.0  # times the entropy, subtracted from the loss; > 0 rewards spread-out distributions

@@ -26,6 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, QuantizationConfig
+from qurl.config.rollout import StageConfig
 from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
 
@@ -191,6 +192,9 @@ def _explain(error: BaseException, overrides: Sequence[str]) -> str:
     key = found[1] if found else ""
     given = [line for line in overrides if key and line.lstrip("+").partition("=")[0] == key]
     where = source or (f"{given[-1]}: " if given else f"{key}: " if key else "")
+    if key and "not in 'StageConfig'" in message[0]:
+        names = ", ".join(field.name for field in dataclasses.fields(StageConfig))
+        return f"{where}unknown key {key!r} of an entry of stages, which may have {names}"
     if key and "not in" in message[0]:
         return f"{where}unknown key {key!r}{_near(key, set(valid_keys()))}"
     return where + (message[0] if key else " ".join(message))

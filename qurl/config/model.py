@@ -14,6 +14,7 @@ class ModelConfig:
     revision: str | None = None
     tokenizer: str | None = None  # where it differs from path
     trust_remote_code: bool = False
+    max_position_embeddings: int | None = None  # instead of config.json's; rotary embeddings go on beyond it
     attn_implementation: str = "sdpa"  # transformers' own name
 
     def __post_init__(self) -> None:

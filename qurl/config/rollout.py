@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -28,3 +28,18 @@ class RolloutConfig:
     def dtype(self) -> str:
         """vLLM's dtype of what is not quantized: engine_args.dtype, bfloat16 where it is not given."""
         return self.engine_args.get("dtype", "bfloat16")
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """Other numbers from an iteration on; null: as in the stage before. What the learner is built from cannot change in a run."""
+
+    from_step: int = 0  # the iteration that this stage begins with, > 0: what precedes the first stage is `rollout` itself
+    num_prompts_per_step: int | None = None
+    num_samples_per_prompt: int | None = None
+    max_response_tokens: int | None = None
+
+    def apply(self, rollout: RolloutConfig) -> RolloutConfig:
+        """`rollout` with what this stage changes."""
+        changes = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "from_step"}
+        return replace(rollout, **{name: value for name, value in changes.items() if value is not None})

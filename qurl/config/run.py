@@ -11,7 +11,7 @@ from qurl.config.learner import LearnerConfig
 from qurl.config.model import ModelConfig
 from qurl.config.quantization import QuantizationConfig
 from qurl.config.reward import RewardConfig
-from qurl.config.rollout import RolloutConfig
+from qurl.config.rollout import RolloutConfig, StageConfig
 from qurl.config.sync import SyncConfig
 
 
@@ -40,7 +40,7 @@ class EvaluationConfig:
     num_samples_per_prompt: int = 1  # k of avg@k
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
-    max_response_tokens: int | None = None  # default: rollout.max_response_tokens
+    max_response_tokens: int | None = None  # default: the largest rollout.max_response_tokens of all stages
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,6 +87,7 @@ class TrainConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    stages: list[StageConfig] = field(default_factory=list)  # later numbers of rollout, in order of from_step
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -94,3 +95,28 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def stage_at(self, step: int) -> int:
+        """0 before the first of `stages`, i from stages[i - 1].from_step on."""
+        return sum(stage.from_step <= step for stage in self.stages)
+
+    def rollout_of_stage(self, stage: int) -> RolloutConfig:
+        """rollout under the first `stage` of `stages`."""
+        rollout = self.rollout
+        for begun in self.stages[:stage]:
+            rollout = begun.apply(rollout)
+        return rollout
+
+    def rollout_at(self, step: int) -> RolloutConfig:
+        """rollout of iteration `step`."""
+        return self.rollout_of_stage(self.stage_at(step))
+
+    @property
+    def longest_rollout_tokens(self) -> int:
+        """Largest max_response_tokens of all stages: what an evaluation samples by default."""
+        return max(self.rollout_of_stage(stage).max_response_tokens for stage in range(len(self.stages) + 1))
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of a prompt and its response, in training and evaluation: what the engines hold from the start."""
+        return self.data.max_prompt_tokens + max(self.longest_rollout_tokens, self.evaluation.max_response_tokens or 0)

@@ -5,10 +5,18 @@ What depends on the machine, the model, files or plug tables is checked in qurl.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from qurl.config.algorithm import Aggregation, AlgorithmConfig, CorrectionConfig, KLPlacement, PolicyLossConfig, Rejection
+from qurl.config.algorithm import (
+    Aggregation,
+    AlgorithmConfig,
+    CorrectionConfig,
+    DynamicSamplingConfig,
+    KLPlacement,
+    PolicyLossConfig,
+    Rejection,
+)
 from qurl.config.data import DataConfig
 from qurl.config.learner import LearnerConfig
 from qurl.config.quantization import QuantizationConfig, UpdateAwareness
@@ -50,6 +58,7 @@ def validate(config: TrainConfig) -> None:
     _evaluation(config.evaluation)
     _periphery(config.checkpoint, config.cluster, config.logging)
     _batch(config)
+    _stages(config)
     check_devices(config, config.cluster.device)
 
 
@@ -82,6 +91,8 @@ def _run(config: TrainConfig) -> None:
     name = config.run_name
     _require(bool(name) and name not in (".", "..") and "/" not in name, "run_name", repr(name), "a folder name without /")
     _require(bool(config.output_dir), "output_dir", "''", "a folder, e.g. runs")
+    positions = config.model.max_position_embeddings
+    _require(positions is None or positions >= 1, "model.max_position_embeddings", positions, "null or a number >= 1")
     _require(bool(config.model.path), "model.path", "''", "a local folder or a hub name such as Qwen/Qwen2.5-0.5B-Instruct")
 
 
@@ -100,10 +111,25 @@ def _algorithm(config: AlgorithmConfig) -> None:
     _correction(config.correction)
     _policy_loss(config.policy_loss)
     _at_least(0, "algorithm.kl.", config.kl, "coefficient")
+    _overlong(config)
+    _dynamic_sampling(config.dynamic_sampling)
     in_loss = config.kl.placement is KLPlacement.loss
     exists = config.kl.coefficient > 0
     _require(in_loss or exists, "algorithm.kl.placement", "reward", "loss, or algorithm.kl.coefficient > 0 with it")
     _at_least(0, "algorithm.", config, "entropy_coefficient")
+
+
+def _overlong(config: AlgorithmConfig) -> None:
+    _at_least(0, "algorithm.overlong.", config.overlong, "penalty_tokens", "penalty")
+    filtered = config.overlong.filter and config.kl.placement is KLPlacement.reward  # advantages are then of trained rollouts alone
+    _require(not filtered, "algorithm.overlong.filter", "true", "algorithm.kl.placement=loss with it")
+
+
+def _dynamic_sampling(config: DynamicSamplingConfig) -> None:
+    _at_least(1, "algorithm.dynamic_sampling.", config, "max_generations")
+    prompts = config.num_prompts_per_generation
+    works = "null (as many as rollout.num_prompts_per_step) or a number >= 1"
+    _require(prompts is None or prompts >= 1, "algorithm.dynamic_sampling.num_prompts_per_generation", prompts, works)
 
 
 def _correction(config: CorrectionConfig) -> None:
@@ -235,12 +261,57 @@ def _batch(config: TrainConfig) -> None:
             rollout.num_samples_per_prompt,
             f"at least 2 with algorithm.advantage.name={advantage}: a group of one has no advantage",
         )
+    _dynamic_batch(config.algorithm.dynamic_sampling, rollout)
+    penalty_tokens = config.algorithm.overlong.penalty_tokens
+    _require(
+        penalty_tokens <= rollout.max_response_tokens,
+        "algorithm.overlong.penalty_tokens",
+        penalty_tokens,
+        f"at most {rollout.max_response_tokens} = rollout.max_response_tokens",
+    )
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     _require(
         learner.max_tokens_per_micro_batch >= longest,
         "learner.max_tokens_per_micro_batch",
         learner.max_tokens_per_micro_batch,
         f"at least {longest} = data.max_prompt_tokens + rollout.max_response_tokens",
+    )
+
+
+def _stages(config: TrainConfig) -> None:
+    """Stages are in order, and each of them could be a run of its own."""
+    before = 0
+    for index, stage in enumerate(config.stages):
+        key = f"stages[{index}]."
+        after = f"a number > {before}: stages are listed in the order in which they begin, and rollout itself is what comes before"
+        _require(stage.from_step > before, f"{key}from_step", stage.from_step, after)
+        before = stage.from_step
+        changes = [f.name for f in fields(stage) if f.name != "from_step" and getattr(stage, f.name) is not None]
+        names = ", ".join(f.name for f in fields(stage) if f.name != "from_step")
+        _require(bool(changes), f"{key[:-1]}", f"from_step {stage.from_step}", f"one of {names} in it, or leave it out")
+        _at_least(1, key, stage, *changes)
+        try:
+            _batch(replace(config, rollout=config.rollout_of_stage(index + 1)))
+        except ConfigError as error:
+            raise ConfigError(f"stages[{index}] (from iteration {stage.from_step}): {error}") from error
+
+
+def _dynamic_batch(config: DynamicSamplingConfig, rollout: RolloutConfig) -> None:
+    if not config.enabled:
+        return
+    samples, prompts = rollout.num_samples_per_prompt, rollout.num_prompts_per_step
+    _require(
+        samples >= 2,
+        "rollout.num_samples_per_prompt",
+        samples,
+        "at least 2 with algorithm.dynamic_sampling.enabled=true: the rewards of a group of one never differ",
+    )
+    at_a_time = config.num_prompts_per_generation or prompts
+    _require(
+        at_a_time * config.max_generations >= prompts,
+        "algorithm.dynamic_sampling.max_generations",
+        config.max_generations,
+        f"at least {math.ceil(prompts / at_a_time)}, so that it can find rollout.num_prompts_per_step={prompts}",
     )
 
 

@@ -86,7 +86,8 @@ def _template_error(template: str, reason: str) -> ValueError:
 
 
 def _render(problem: Problem, tokenizer: Any, config: DataConfig, key: str) -> str:
-    user_turn = _fill(problem, config.prompt_template, key)
+    is_filled = problem.messages is not None and _is_filled(problem.text, config.prompt_template)
+    user_turn = problem.text if is_filled else _fill(problem, config.prompt_template, key)
     if not config.chat_template:
         if problem.messages and len(problem.messages) > 1:
             raise ValueError(f"{key} {problem.place}: a chat of {len(problem.messages)} turns needs data.chat_template=true")
@@ -103,6 +104,13 @@ def _render(problem: Problem, tokenizer: Any, config: DataConfig, key: str) -> s
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise ValueError(f"{key} {problem.place}: the tokenizer's chat template refuses the chat: {error}") from error
+
+
+def _is_filled(text: str, template: str) -> bool:
+    """The last turn of a chat already begins and ends as the template does: verl's data sets are stored with their prompt."""
+    literals = [literal for literal, _, _, _ in string.Formatter().parse(template)]
+    begin, end = literals[0], literals[-1]
+    return len(literals) > 1 and bool(begin) and bool(end) and text.startswith(begin) and text.endswith(end)
 
 
 def _fill(problem: Problem, template: str, key: str) -> str:

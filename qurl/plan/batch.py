@@ -24,9 +24,9 @@ class BatchPlan:
     num_optimizer_steps: int  # of the whole run
 
 
-def plan_batch(config: TrainConfig) -> BatchPlan:
-    """What the counts in rollout and learner come to."""
-    rollout, learner = config.rollout, config.learner
+def plan_batch(config: TrainConfig, stage: int = 0) -> BatchPlan:
+    """What the counts in rollout and learner come to in a stage."""
+    rollout, learner = config.rollout_of_stage(stage), config.learner
     samples = rollout.num_prompts_per_step * rollout.num_samples_per_prompt
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     per_mini_batch = samples // learner.num_mini_batches

@@ -78,7 +78,7 @@ def read_model_facts(config: ModelConfig) -> ModelFacts:
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
-        max_position_embeddings=getattr(text, "max_position_embeddings", None),
+        max_position_embeddings=config.max_position_embeddings or getattr(text, "max_position_embeddings", None),
     )
 
 

@@ -96,17 +96,18 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
         raise ConfigError(
             f"rollout.tensor_parallel_size={size} and the model's {model.num_kv_heads} key-value heads: one must divide the other"
         )
-    longest = config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
+    longest = config.longest_tokens
     if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens (or evaluation's) = {longest} exceeds the model's "
-            f"{model.max_position_embeddings} positions; lower one of them"
+            f"data.max_prompt_tokens + rollout.max_response_tokens (or evaluation's, or that of stages) = {longest} exceeds the "
+            f"model's {model.max_position_embeddings} positions; lower one of them, or raise model.max_position_embeddings "
+            "where its rotary embeddings go further"
         )
     limit = config.rollout.engine_args.get("max_model_len")
     if limit is not None and limit < longest:
         raise ConfigError(
             f"rollout.engine_args.max_model_len={limit} is shorter than data.max_prompt_tokens + rollout.max_response_tokens (or "
-            f"evaluation's) = {longest}, which is its default; remove it"
+            f"evaluation's, or that of stages) = {longest}, which is its default; remove it"
         )
     beyond = [token for token in config.rollout.stop_token_ids if token >= model.vocab_size]
     if beyond:

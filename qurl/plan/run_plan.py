@@ -28,14 +28,24 @@ FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """What changes with an entry of `stages`."""
+
+    from_step: int
+    batch: BatchPlan
+    engine: EngineMemory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunPlan:
     """What a configuration comes to on given hardware."""
 
-    batch: BatchPlan
+    batch: BatchPlan  # before the first of `stages`, as `engine`
     model: ModelFacts
     num_quantized_modules: int
     learner: LearnerMemory
     engine: EngineMemory
+    stages: tuple[StagePlan, ...]
     placement: Placement
     machine: Hardware
     wire_bytes: int  # one full weight update, per engine
@@ -56,23 +66,31 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     check_devices(config, Device[placement.device])
     model = read_model_facts(config.model)
     targets = check_model(config, model)
-    batch = plan_batch(config)
     wire = wire_bytes(config, model, targets)
     learner = learner_memory(config, model, wire, targets)
     held = engine_weight_bytes(config, model, targets, machine, placement.device)
-    engine = engine_memory(config, model, held, batch.longest_tokens, batch.num_samples_per_engine, placement.device)
+    batches = [plan_batch(config, stage) for stage in range(len(config.stages) + 1)]
+    engines = [
+        engine_memory(config, model, held, batch.longest_tokens, batch.num_samples_per_engine, placement.device)
+        for batch in batches
+    ]
+    engine = engines[0]
     plan = RunPlan(
-        batch=batch,
+        batch=batches[0],
         model=model,
         num_quantized_modules=len(targets),
         learner=learner,
         engine=engine,
+        stages=tuple(
+            StagePlan(from_step=stage.from_step, batch=batch, engine=needs)
+            for stage, batch, needs in zip(config.stages, batches[1:], engines[1:], strict=True)
+        ),
         placement=placement,
         machine=machine,
         wire_bytes=wire,
         bf16_bytes=2 * model.num_parameters,
         host_bytes=_host_bytes(config, learner, engine, placement),
-        warnings=tuple(_warnings(config, engine, placement, machine)),
+        warnings=tuple(_warnings(config, engines, placement, machine)),
     )
     if config.cluster.address is None:
         _refuse_memory(config, plan)
@@ -98,12 +116,12 @@ def _refuse_memory(config: TrainConfig, plan: RunPlan) -> None:
             "learner.max_tokens_per_micro_batch, rollout.num_engines or rollout.engine_args.kv_cache_memory_bytes, "
             "set sync.track_changes=false and sync.track_updates=false, or take a smaller model"
         )
-    engine = plan.engine
-    if engine.kv_pool is not None and engine.kv_per_sequence > engine.kv_pool:
-        raise ConfigError(
-            f"rollout.engine_args.kv_cache_memory_bytes={engine.kv_pool} does not hold one sequence of "
-            f"{plan.batch.longest_tokens} tokens; use at least {engine.kv_per_sequence}"
-        )
+    for batch, engine in [(plan.batch, plan.engine), *((stage.batch, stage.engine) for stage in plan.stages)]:
+        if engine.kv_pool is not None and engine.kv_per_sequence > engine.kv_pool:
+            raise ConfigError(
+                f"rollout.engine_args.kv_cache_memory_bytes={engine.kv_pool} does not hold one sequence of "
+                f"{batch.longest_tokens} tokens; use at least {engine.kv_per_sequence}"
+            )
     if plan.placement.device == "cuda":
         _refuse_gpu_memory(config, plan)
 
@@ -111,7 +129,8 @@ def _refuse_memory(config: TrainConfig, plan: RunPlan) -> None:
 def _refuse_gpu_memory(config: TrainConfig, plan: RunPlan) -> None:
     memory = min(gpu.memory_bytes for gpu in plan.machine.gpus)
     utilization = float(config.rollout.engine_args.get("gpu_memory_utilization", DEFAULT_GPU_MEMORY_UTILIZATION))
-    engine_needs, engine_has = plan.engine.weights + plan.engine.kv_per_sequence, int(utilization * memory)
+    one_sequence = max(engine.kv_per_sequence for engine in (plan.engine, *(stage.engine for stage in plan.stages)))
+    engine_needs, engine_has = plan.engine.weights + one_sequence, int(utilization * memory)
     if engine_needs > engine_has:
         raise ConfigError(
             f"an engine needs at least {_gib(engine_needs)} for weights and one sequence, its GPU gives {_gib(engine_has)}; "
@@ -127,8 +146,14 @@ def _refuse_gpu_memory(config: TrainConfig, plan: RunPlan) -> None:
         )
 
 
-def _warnings(config: TrainConfig, engine: EngineMemory, placement: Placement, machine: Hardware) -> list[str]:
+def _warnings(config: TrainConfig, memory: list[EngineMemory], placement: Placement, machine: Hardware) -> list[str]:
+    """memory: of an engine, stage by stage."""
     found = []
+    late = [index for index, stage in enumerate(config.stages) if stage.from_step >= config.num_steps]
+    if late:
+        begins = config.stages[late[0]].from_step
+        found.append(f"stages[{late[0]}] begins with iteration {begins} and the run ends before, at num_steps={config.num_steps}")
+    engine = max(memory, key=lambda needs: needs.kv_all)
     engines, ranks = config.rollout.num_engines, config.learner.num_ranks
     is_fp8 = config.quantization.format.startswith("fp8")
     if config.rollout.top_p < 1 or config.rollout.top_k > 0:

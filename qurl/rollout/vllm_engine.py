@@ -58,6 +58,9 @@ def build_engine(
     defaults: dict[str, Any] = {"max_model_len": max_model_len, "disable_log_stats": True, "dtype": rollout.dtype}
     if not torch.cuda.is_available():
         defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
+    controlled = plugin_engine_args(quantization.format, quantization.ignore)
+    if model.max_position_embeddings is not None:
+        controlled["hf_overrides"]["max_position_embeddings"] = model.max_position_embeddings
     args = EngineArgs(
         model=model.path,
         revision=model.revision,
@@ -68,7 +71,7 @@ def build_engine(
         generation_config="vllm",  # nothing implicit from generation_config.json
         tensor_parallel_size=rollout.tensor_parallel_size,
         seed=seed,
-        **plugin_engine_args(quantization.format, quantization.ignore),
+        **controlled,
         **(defaults | rollout.engine_args),
     )
 

@@ -6,23 +6,23 @@ import statistics
 from collections.abc import Sequence
 
 from qurl.algorithms import ADVANTAGES, RewardedGroup
-from qurl.config import AlgorithmConfig
+from qurl.config import AlgorithmConfig, OverlongConfig
 from qurl.errors import GuardStop
 from qurl.observability.metrics import Last, Max, Mean, Metric, Sum
 from qurl.plug import resolve
 from qurl.types import Rollout, RolloutGroup, ScoredGroup, TrainingSample
 
 
-def training_samples(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> list[TrainingSample]:
-    """One sample per rollout with a reward and at least one token, in group order.
+def training_samples(groups: Sequence[ScoredGroup], config: AlgorithmConfig, max_response_tokens: int) -> list[TrainingSample]:
+    """One sample per trained rollout, in group order. max_response_tokens: the bound that these rollouts were sampled under.
 
-    A rollout whose reward call failed is left out of its group's advantage and of training: its reward is unknown, not 0."""
+    A rollout whose reward call failed is left out of its group's advantage and of training: its reward is unknown, not 0. One that
+    algorithm.overlong.filter leaves out of training still counts in its group's advantage."""
     advantage = resolve(ADVANTAGES, config.advantage.name, "algorithm.advantage.name")
     kept = [
         [
-            (rollout, result.value)
-            for rollout, result in zip(scored.group.rollouts, scored.rewards, strict=True)
-            if result.value is not None and rollout.token_ids
+            (rollout, value + overlong_penalty(len(rollout.token_ids), max_response_tokens, config.overlong))
+            for rollout, value in _known(scored)
         ]
         for scored in groups
     ]
@@ -34,7 +34,40 @@ def training_samples(groups: Sequence[ScoredGroup], config: AlgorithmConfig) -> 
         _sample(scored.group, rollout, value, worth)
         for scored, pairs, of_group in zip(groups, kept, advantages, strict=True)
         for (rollout, value), worth in zip(pairs, of_group, strict=True)
+        if not _is_filtered(rollout, config.overlong)
     ]
+
+
+def overlong_penalty(length: int, max_response_tokens: int, config: OverlongConfig) -> float:
+    """Soft overlong punishment of a response of `length` tokens, in [-config.penalty, 0].
+
+    0 up to max_response_tokens - penalty_tokens, then linear, -penalty at max_response_tokens. Yu et al. 2025 (DAPO,
+    arXiv:2503.14476) eq. 13 with L_max = max_response_tokens and L_cache = penalty_tokens; the factor is verl's."""
+    if not config.penalty_tokens:
+        return 0.0
+    beyond = length - (max_response_tokens - config.penalty_tokens)
+    return -config.penalty * min(1.0, max(0, beyond) / config.penalty_tokens)
+
+
+def is_informative(scored: ScoredGroup, config: AlgorithmConfig) -> bool:
+    """Rewards differ, and a rollout is left to train: what dynamic sampling keeps. The length penalty does not make them differ.
+
+    Yu et al. 2025 (DAPO, arXiv:2503.14476) eq. 11 asks for right and wrong answers in a group; this asks the same of any reward."""
+    known = _known(scored)
+    return len({value for _, value in known}) > 1 and not all(_is_filtered(rollout, config.overlong) for rollout, _ in known)
+
+
+def _known(scored: ScoredGroup) -> list[tuple[Rollout, float]]:
+    """Rollouts with a token and a reward."""
+    return [
+        (rollout, result.value)
+        for rollout, result in zip(scored.group.rollouts, scored.rewards, strict=True)
+        if result.value is not None and rollout.token_ids
+    ]
+
+
+def _is_filtered(rollout: Rollout, config: OverlongConfig) -> bool:
+    return config.filter and rollout.finish_reason == "length"
 
 
 def _sample(group: RolloutGroup, rollout: Rollout, reward: float, advantage: float) -> TrainingSample:
@@ -75,6 +108,19 @@ def rollout_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, Me
             "reward/informative_group_fraction": Mean(statistics.fmean(len(set(group)) > 1 for group in rewards)),
             "accuracy/train": Mean(statistics.fmean(value > 0 for value in flat), weight=len(flat)),
         }
+    return metrics
+
+
+def overlong_metrics(groups: Sequence[ScoredGroup], config: OverlongConfig, max_response_tokens: int) -> dict[str, Metric]:
+    """What algorithm.overlong did to the iteration's rollouts; nothing where it is off."""
+    rollouts = [rollout for scored in groups for rollout, _ in _known(scored)]
+    metrics: dict[str, Metric] = {}
+    if rollouts and config.penalty_tokens:
+        penalties = [overlong_penalty(len(rollout.token_ids), max_response_tokens, config) for rollout in rollouts]
+        metrics["reward/overlong_penalty_mean"] = Mean(statistics.fmean(penalties), weight=len(penalties))
+    if rollouts and config.filter:
+        filtered = [_is_filtered(rollout, config) for rollout in rollouts]
+        metrics["rollout/filtered_fraction"] = Mean(statistics.fmean(filtered), weight=len(filtered))
     return metrics
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qurl.config import TrainConfig
+from qurl.errors import GuardStop
 from qurl.learner.group import LearnerGroup
-from qurl.observability.metrics import Max, Metric, Sum, reduce_metrics
+from qurl.observability.metrics import Last, Max, Mean, Metric, Sum, reduce_metrics
 from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
 from qurl.rollout.pool import RolloutPool
-from qurl.trainer.batch import check_reward_errors, rollout_metrics, training_samples
+from qurl.trainer.batch import check_reward_errors, overlong_metrics, rollout_metrics, training_samples
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.interrupt import Interrupted, or_interrupt
 from qurl.trainer.producer import Batch, Producer
@@ -64,9 +65,15 @@ class TrainingLoop:
             raise
 
     async def _iteration(self, step: int) -> None:
+        self._tell_stage(step)
         groups, batch = await self._rollouts(step)
-        check_reward_errors(groups, self.config.reward.max_error_fraction)
-        reports = [rollout_metrics(groups, version=step), self._pool_metrics(batch)]
+        sampled = batch.sampled()
+        check_reward_errors(sampled, self.config.reward.max_error_fraction)
+        reports = [rollout_metrics(sampled, version=step), self._pool_metrics(batch)]
+        if self.config.stages:
+            reports.append({"rollout/stage": Last(self.config.stage_at(step))})
+        if self.config.algorithm.dynamic_sampling.enabled:
+            reports.append(self._dynamic_sampling(step, groups, batch))
         async with self.weights.lock:
             reports.append(await self._train(step, groups))
             reports.append(await self._publish(step + 1))
@@ -79,24 +86,33 @@ class TrainingLoop:
         if self._due(self.config.checkpoint.every_steps):  # after the log: a step that a checkpoint counts is in metrics.jsonl
             await self.checkpoint()
 
+    def _tell_stage(self, step: int) -> None:
+        stage = self.config.stage_at(step)
+        if stage and self.config.stages[stage - 1].from_step == step:
+            logger.info("iteration %d begins stage %d: %s", step, stage, self.config.stages[stage - 1])
+
     async def _rollouts(self, step: int) -> tuple[list[ScoredGroup], Batch]:
         with self.timeline.span("rollout"):
-            self.log.stage("rollout", 0, self.config.rollout.num_prompts_per_step)
+            self.log.stage("rollout", 0, self.config.rollout_at(step).num_prompts_per_step)
             batch = await or_interrupt(self.producer.take(step), self.interrupt)
             self._untrained = batch
-            gathered = asyncio.gather(*batch.groups)
             async with self._progress(batch):
-                groups = await or_interrupt(gathered, self.interrupt)
+                groups = await or_interrupt(batch.trained, self.interrupt)
         self.timeline.move("rollout", "reward", max(0.0, time.monotonic() - batch.last_sampled))
         return groups, batch
 
     async def _train(self, step: int, groups: list[ScoredGroup]) -> dict[str, Metric]:
         self.log.stage("update")
-        samples = training_samples(groups, self.config.algorithm)
+        limit = self.config.rollout_at(step).max_response_tokens
+        samples = training_samples(groups, self.config.algorithm, limit)
+        if not samples:
+            raise GuardStop(f"iteration {step} has nothing to train: every response is empty, without a reward or cut at "
+                            f"rollout.max_response_tokens={limit} (algorithm.overlong.filter); raise it, or check the "
+                            "prompts and the reward function")  # fmt: skip
         start = time.monotonic()
         metrics, timings = await self.learner.train_step(samples)
         self.timeline.add(start, timings, total=time.monotonic() - start)
-        return metrics
+        return metrics | overlong_metrics(groups, self.config.algorithm.overlong, limit)
 
     async def _publish(self, version: int) -> dict[str, Metric]:
         self.log.stage("sync")
@@ -122,11 +138,30 @@ class TrainingLoop:
         logger.info("checkpoint %s", folder)
 
     def _pool_metrics(self, batch: Batch) -> dict[str, Metric]:
-        tokens = sum(len(r.token_ids) for task in batch.groups for r in task.result().group.rollouts)
+        tokens = sum(len(rollout.token_ids) for scored in batch.sampled() for rollout in scored.group.rollouts)
         return {
             "rollout/tokens_per_s": Max(tokens / max(1e-9, batch.last_sampled - batch.started)),
             "rollout/redispatched_count": Sum(self.pool.take_redispatched()),
             "rollout/engine_restart_count": Max(self.pool.num_restarts),
+        }
+
+    def _dynamic_sampling(self, step: int, groups: list[ScoredGroup], batch: Batch) -> dict[str, Metric]:
+        """Metrics; raises GuardStop where no group is informative."""
+        found = f"{len(groups)} of {len(batch.groups)} groups in {batch.num_generations} batches"
+        if not groups:
+            self.log.record_rollouts(step, batch.sampled())
+            raise GuardStop(f"iteration {step}: {found} are informative; in each all known rewards are equal, or every response is "
+                            "filtered as truncated. Check reward.function on those in rollouts/, take problems that are neither "
+                            "too hard nor too easy for the model, or raise rollout.num_samples_per_prompt, "
+                            "rollout.max_response_tokens or algorithm.dynamic_sampling.max_generations")  # fmt: skip
+        if len(groups) < batch.num_prompts:
+            logger.warning("iteration %d trains %d groups instead of %d: only %s were informative; "
+                           "algorithm.dynamic_sampling.max_generations allows no more",
+                           step, len(groups), batch.num_prompts, found)  # fmt: skip
+        return {
+            "rollout/num_generations": Last(batch.num_generations),
+            "rollout/num_trained_groups": Last(len(groups)),
+            "rollout/discarded_fraction": Mean(1 - len(groups) / len(batch.groups), weight=len(batch.groups)),
         }
 
     def _due(self, every: int) -> bool:

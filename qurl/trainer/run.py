@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qurl.config import TrainConfig
 from qurl.data import PromptStream, build_prompts, load_rows
@@ -22,7 +23,10 @@ from qurl.rewards import VOTES, check_reward_function
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.interrupt import Interrupted, on_signal
 from qurl.trainer.run_folder import RunFolder
-from qurl.types import Prompt
+from qurl.types import Prompt, RolloutGroup
+
+if TYPE_CHECKING:
+    from qurl.trainer.producer import DynamicSampling
 
 logger = logging.getLogger(__name__)
 
@@ -140,25 +144,30 @@ async def _train(
     timeline = Timeline(run_dir / "timeline.json")
     async with started_parts(config, run_dir, ray_logs, tokenizer, resume_from, interrupt) as (learner, pool, rewards):
         weights = PublishedWeights(config.sync, learner, pool)
-        sampling = training_sampling(config.rollout, stop_ids)
+
+        def sample(prompt: Prompt, step: int) -> Coroutine[Any, Any, RolloutGroup]:
+            rollout = config.rollout_at(step)
+            sampling = training_sampling(rollout, stop_ids)
+            return pool.generate(prompt, sampling, rollout.num_samples_per_prompt, request_id=f"train/{prompt.prompt_id}")
+
         producer = Producer(
             stream=stream,
-            num_prompts_per_step=config.rollout.num_prompts_per_step,
+            num_prompts_per_step=lambda step: config.rollout_at(step).num_prompts_per_step,
             max_staleness=config.rollout.max_staleness,
             first_step=completed,
             num_steps=config.num_steps,
             wait_for_version=weights.wait_for,
-            sample=lambda prompt: pool.generate(
-                prompt, sampling, config.rollout.num_samples_per_prompt, request_id=f"train/{prompt.prompt_id}"
-            ),
+            sample=sample,
             score=rewards.score,
+            dynamic_sampling=_dynamic_sampling(config),
         )
+        longest = replace(config.rollout, max_response_tokens=config.longest_rollout_tokens)
         evaluator = partial(
             evaluate,
             evaluation,
             pool=pool,
             score=rewards.score,
-            sampling=evaluation_sampling(config.evaluation, config.rollout, stop_ids),
+            sampling=evaluation_sampling(config.evaluation, longest, stop_ids),
             num_samples=config.evaluation.num_samples_per_prompt,
             vote=VOTES.get(config.reward.function),
         )
@@ -174,6 +183,19 @@ async def _train(
         finally:
             await producer.close()
     return EXIT_DONE
+
+
+def _dynamic_sampling(config: TrainConfig) -> DynamicSampling | None:
+    from qurl.trainer.batch import check_reward_errors, is_informative
+    from qurl.trainer.producer import DynamicSampling
+
+    if not config.algorithm.dynamic_sampling.enabled:
+        return None
+    return DynamicSampling(
+        config=config.algorithm.dynamic_sampling,
+        is_informative=partial(is_informative, config=config.algorithm),
+        check=partial(check_reward_errors, max_error_fraction=config.reward.max_error_fraction),
+    )
 
 
 def check_vocabulary(config: TrainConfig, token_ids: Iterable[list[int]]) -> None:

@@ -146,11 +146,9 @@ def _start_engine(config: TrainConfig, placement: Placement, engine_id: str) -> 
         config.rollout,
         config.quantization,
         engine_id=engine_id,
-        max_model_len=config.data.max_prompt_tokens + max(
-            config.rollout.max_response_tokens, config.evaluation.max_response_tokens or 0
-        ),
+        max_model_len=config.longest_tokens,
         seed=config.seed,
         threads=placement.engine_threads,
         device=placement.device,
         num_gpus=placement.gpus_per_engine,
-    )  # fmt: skip
+    )

@@ -63,7 +63,10 @@ def test_a_recipe_may_be_a_file_that_chooses_options(tmp_path: Path) -> None:
 def test_the_saved_configuration_of_a_run_composes_to_itself(tmp_path: Path) -> None:
     from qurl.config.plain import resolved
 
-    config = compose([*NEEDED, "data=gsm8k", "algorithm=dapo", "quantization=none", "learner.dtype=bfloat16", "data.eval.b.path=y"])
+    stages = "stages=[{from_step:3,max_response_tokens:9},{from_step:4,num_samples_per_prompt:2}]"
+    config = compose(
+        [*NEEDED, stages, "data=gsm8k", "algorithm=dapo", "quantization=none", "learner.dtype=bfloat16", "data.eval.b.path=y"]
+    )
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(resolved(config)))
     assert load_config(path) == config
@@ -95,6 +98,8 @@ def test_the_saved_configuration_of_a_run_composes_to_itself(tmp_path: Path) -> 
         ("recipe=absent", "the path of a YAML"),
         ("recipe=absent.yaml", "No such file"),
         ("hydra.run.dir=x", "unknown key"),
+        ("stages=[{from_step:1,max_tokens:2}]", "of an entry of stages, which may have from_step, num_prompts_per_step"),
+        ("stages=[{from_step:x}]", "could not be converted to Integer"),
     ],
 )
 def test_a_bad_override_is_refused_in_one_line_that_names_it(override: str, told: str) -> None:

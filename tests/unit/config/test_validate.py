@@ -31,6 +31,10 @@ REFUSED = [
     ("algorithm.policy_loss.clip_high=0", "algorithm.policy_loss.clip_high"),
     ("algorithm.policy_loss.dual_clip=1", "algorithm.policy_loss.dual_clip"),
     ("algorithm.kl.coefficient=-1", "algorithm.kl.coefficient"),
+    ("algorithm.overlong.penalty_tokens=-1", "algorithm.overlong.penalty_tokens"),
+    ("algorithm.overlong.penalty_tokens=1025", "at most 1024"),
+    ("algorithm.dynamic_sampling.max_generations=0", "algorithm.dynamic_sampling.max_generations"),
+    ("algorithm.dynamic_sampling.num_prompts_per_generation=0", "algorithm.dynamic_sampling.num_prompts_per_generation"),
     ("quantization.invariant_scale=0", "quantization.invariant_scale"),
     ("rollout.num_prompts_per_step=0", "rollout.num_prompts_per_step"),
     ("rollout.num_samples_per_prompt=1", "rollout.num_samples_per_prompt"),
@@ -75,6 +79,27 @@ REFUSED_TOGETHER = [
     (["algorithm=dr_grpo", "algorithm.policy_loss.aggregation_constant=0"], "algorithm.policy_loss.aggregation_constant"),
     (["algorithm=cispo", "algorithm.policy_loss.dual_clip=3"], "algorithm.policy_loss.dual_clip"),
     (["algorithm.advantage.name=rloo", "rollout.num_samples_per_prompt=1"], "rollout.num_samples_per_prompt"),
+    (["stages=[{from_step:0,max_response_tokens:9}]"], "stages[0].from_step=0 cannot run; use a number > 0"),
+    (
+        ["stages=[{from_step:1520,max_response_tokens:9},{from_step:1040,max_response_tokens:8}]"],
+        "stages[1].from_step=1040 cannot run; use a number > 1520: stages are listed in the order in which they begin",
+    ),
+    (["stages=[{from_step:5}]"], "stages[0]=from_step 5 cannot run; use one of num_prompts_per_step, num_samples_per_prompt"),
+    (["stages=[{from_step:5,max_response_tokens:0}]"], "stages[0].max_response_tokens=0 cannot run; use a number >= 1"),
+    (
+        ["stages=[{from_step:5,max_response_tokens:8192}]"],
+        "stages[0] (from iteration 5): learner.max_tokens_per_micro_batch=8192 cannot run; use at least 9216",
+    ),
+    (["stages=[{from_step:5,num_prompts_per_step:3}]", "learner.num_mini_batches=2"], "stages[0] (from iteration 5): learner.num"),
+    (["algorithm=reinforce_plus_plus", "algorithm.overlong.filter=true"], "algorithm.overlong.filter"),
+    (
+        ["algorithm=reinforce_plus_plus", "algorithm.dynamic_sampling.enabled=true", "rollout.num_samples_per_prompt=1"],
+        "rollout.num_samples_per_prompt",
+    ),
+    (
+        ["algorithm.dynamic_sampling.enabled=true", "algorithm.dynamic_sampling.num_prompts_per_generation=3"],
+        "algorithm.dynamic_sampling.max_generations=10 cannot run; use at least 11",
+    ),
     (["quantization=none", "quantization.ignore=[down_proj]"], "quantization.ignore"),
     (["quantization=none", "quantization.update_awareness=invariant_scaling"], "quantization.update_awareness"),
     (["quantization=none", "quantization.update_awareness=stochastic_rounding"], "quantization.update_awareness"),
@@ -114,3 +139,15 @@ def test_the_transports_are_those_that_exist() -> None:
     from qurl.sync import TRANSPORTS as IMPLEMENTED
 
     assert set(TRANSPORTS) == {"auto", *IMPLEMENTED}
+
+
+def test_a_stage_changes_what_it_names_and_keeps_what_the_stage_before_it_changed() -> None:
+    stages = "stages=[{from_step:3,max_response_tokens:2048,num_samples_per_prompt:16},{from_step:5,max_response_tokens:512}]"
+    config = compose([*NEEDED, stages, "data.max_prompt_tokens=100"])
+    validate(config)
+    assert [config.stage_at(step) for step in range(7)] == [0, 0, 0, 1, 1, 2, 2]
+    found = [(rollout.max_response_tokens, rollout.num_samples_per_prompt) for rollout in map(config.rollout_at, (2, 3, 4, 5, 99))]
+    assert found == [(1024, 8), (2048, 16), (2048, 16), (512, 16), (512, 16)]
+    assert (config.longest_rollout_tokens, config.longest_tokens) == (2048, 2148)
+    config.evaluation.max_response_tokens = 3000
+    assert config.longest_tokens == 3100

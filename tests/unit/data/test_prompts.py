@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qurl.config import DataConfig, OverlongPrompts
+from qurl.config.compose import compose
 from qurl.data import Problem, build_prompts
 
 KEY = "data.train"
@@ -123,3 +124,16 @@ def test_special_tokens_are_added_to_plain_prompts_only(tokenizer):
     (chat,) = build_prompts([problem()], marked, DataConfig(chat_template=True), KEY).prompts
     assert plain.token_ids.count(bos) == chat.token_ids.count(bos) == 1
     assert plain.token_ids[0] == chat.token_ids[0] == bos
+
+
+def test_the_prompt_of_dapo_is_added_to_plain_rows_and_not_again_to_chats_that_hold_it(tokenizer):
+    template = compose(["data=dapo_math", "model.path=m"]).data.prompt_template
+    assert template == (
+        "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+        "(without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+        'Remember to put your answer on its own line after "Answer:".'
+    )
+    filled = template.format(problem="1+1?")
+    rows = [problem(), problem(filled, row=1, messages=[{"role": "user", "content": filled}]),
+            problem(row=2, messages=[{"role": "user", "content": "1+1?"}])]  # fmt: skip
+    assert [p.text for p in build_prompts(rows, tokenizer, DataConfig(prompt_template=template), KEY).prompts] == [filled] * 3

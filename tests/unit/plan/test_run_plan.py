@@ -140,6 +140,11 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["evaluation.max_response_tokens=1000"], LAPTOP, "512 positions"),
         (["model.attn_implementation=spda"], LAPTOP, "model.attn_implementation=spda is unknown; use one of eager, "),
         (["model.tokenizer=./nonesuch"], LAPTOP, "model.tokenizer=./nonesuch does not exist"),
+        (["stages=[{from_step:9,max_response_tokens:500}]", "learner.max_tokens_per_micro_batch=600"], LAPTOP, "512 positions"),
+        (
+            ["stages=[{from_step:9,max_response_tokens:128}]", "rollout.engine_args.kv_cache_memory_bytes=40000"],
+            LAPTOP, "does not hold one sequence of 192 tokens; use at least 49152",
+        ),
         (["cluster=gpu"], LAPTOP, "cluster.device=cuda"),
         (["cluster.device=auto", "sync.transport=nccl"], LAPTOP, "sync.transport=nccl"),
         (["cluster.device=auto", "cluster.colocate=true"], LAPTOP, "cluster.colocate=true"),

@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 
 import pytest
 
-from qurl.config import TrainConfig
+from qurl.config import StageConfig, TrainConfig
 from qurl.errors import GuardStop
 from qurl.observability.metrics import Mean
 from qurl.observability.timeline import Timeline
@@ -13,6 +14,7 @@ from qurl.trainer import loop as loop_module
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.loop import Interrupted, TrainingLoop
 from qurl.trainer.producer import Producer
+from qurl.trainer.run import _dynamic_sampling
 from qurl.types import Prompt, RewardResult, Rollout, RolloutGroup, ScoredGroup
 
 
@@ -32,7 +34,7 @@ class Stream:
 class World:
     """Learner, pool, weights and log at once; `events` is what happened, in order."""
 
-    def __init__(self, tmp_path, *, fail_rewards=False, hold=None, num_steps=3, **changes):
+    def __init__(self, tmp_path, *, fail_rewards=False, hold=None, num_steps=3, dynamic=False, equal=(), stages=(), **changes):
         self.events: list[str] = []
         self.logged: list[dict[str, float]] = []
         self.num_restarts = 0
@@ -41,22 +43,28 @@ class World:
         self.announced = asyncio.Condition()
         self.hold = hold
         self.fail_rewards = fail_rewards
-        self.config = TrainConfig(num_steps=num_steps)
+        self.config = TrainConfig(num_steps=num_steps, stages=list(stages))
         self.config.rollout.num_prompts_per_step = 2
         self.config.checkpoint.every_steps = 2
         self.config.evaluation.every_steps = 2
         for key, value in changes.items():
             setattr(self.config.cluster, key, value)
+        self.config.algorithm.dynamic_sampling.enabled = dynamic
+        self.config.algorithm.dynamic_sampling.max_generations = 2
+        self.equal = equal  # prompts whose rewards are
         self.interrupt = asyncio.Event()
-        self.producer = Producer(stream=Stream(), num_prompts_per_step=2, max_staleness=0, first_step=0, num_steps=num_steps,
-                                 wait_for_version=self.wait_for, sample=self.sample, score=self.score)  # fmt: skip
+        self.producer = Producer(
+            stream=Stream(), num_prompts_per_step=lambda step: self.config.rollout_at(step).num_prompts_per_step, max_staleness=0,
+            first_step=0, num_steps=num_steps, wait_for_version=self.wait_for, sample=self.sample, score=self.score,
+            dynamic_sampling=_dynamic_sampling(self.config),
+        )  # fmt: skip
         self.checkpoints = Checkpoints(tmp_path, keep_last=2)
         self.loop = TrainingLoop(
             config=self.config, learner=self, pool=self, weights=self, producer=self.producer, checkpoints=self.checkpoints,
             log=self, timeline=Timeline(tmp_path / "timeline.json"), interrupt=self.interrupt, completed=0, evaluate=self.evaluate,
         )  # fmt: skip
 
-    async def sample(self, prompt):
+    async def sample(self, prompt, step):
         self.events.append(f"sample {prompt.prompt_id} with {self.version}")
         if self.hold is not None:
             await self.hold.wait()
@@ -67,8 +75,9 @@ class World:
         return RolloutGroup(prompt=prompt, rollouts=rollouts)
 
     async def score(self, group):
-        results = [RewardResult(value=None, error="timeout after 10 s") if self.fail_rewards else RewardResult(value=float(i))
-                   for i in range(2)]  # fmt: skip
+        values = [1.0, 1.0] if group.prompt.prompt_id in self.equal else [0.0, 1.0]
+        results = [RewardResult(value=None, error="timeout after 10 s") if self.fail_rewards else RewardResult(value=value)
+                   for value in values]  # fmt: skip
         return ScoredGroup(group=group, rewards=results)
 
     async def train_step(self, samples):
@@ -103,7 +112,7 @@ class World:
         self.logged.append(dict(metrics))
 
     def log_eval(self, step, metrics): ...
-    def record_rollouts(self, step, groups): ...
+    def record_rollouts(self, step, groups): self.recorded = [scored.group.prompt.prompt_id for scored in groups]
     def stage(self, name, done=None, total=None): ...
     def state_dict(self): return {}
     def take_redispatched(self): return 0
@@ -142,10 +151,11 @@ def test_an_interrupt_while_sampling_saves_what_is_trained_and_will_sample_the_s
     asyncio.run(scenario())
 
 
-def test_failing_rewards_stop_the_run_before_anything_is_trained(tmp_path):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_failing_rewards_stop_the_run_before_anything_is_trained(tmp_path, dynamic):
     async def scenario():
-        world = World(tmp_path, fail_rewards=True)
-        with pytest.raises(GuardStop, match="4 of 4 reward calls failed.*timeout after 10 s"):
+        world = World(tmp_path, fail_rewards=True, dynamic=dynamic)
+        with pytest.raises(GuardStop, match=r"(2 of 2|4 of 4) reward calls failed.*timeout after 10 s"):
             await world.loop.run()
         await world.producer.close()
         assert not any(event.startswith("train") for event in world.events)
@@ -169,3 +179,79 @@ def test_a_stall_names_the_stage_the_prompt_and_the_engine(tmp_path, monkeypatch
     with caplog.at_level(logging.WARNING):
         asyncio.run(scenario())
     assert "iteration 0: waiting for the rollout of 2 prompts, first p0; engine 0 (4 samples)" in caplog.text
+
+
+def test_dynamic_sampling_trains_informative_groups_and_reports_all_that_was_sampled(tmp_path):
+    async def scenario():
+        world = World(tmp_path, dynamic=True, equal=("p0", "p2"), num_steps=1)
+        world.config.evaluation.at_start = False
+        await world.loop.run()
+        await world.producer.close()
+        assert world.events == ["publish 0", "sample p0 with 0", "sample p1 with 0", "sample p2 with 0", "sample p3 with 0",
+                                "train 4", "publish 1", "evaluate", "log 0", "save"]  # fmt: skip
+        logged = world.logged[0]
+        assert (logged["rollout/num_generations"], logged["rollout/num_trained_groups"]) == (2, 2)
+        assert logged["rollout/discarded_fraction"] == logged["reward/informative_group_fraction"] == 0.5
+        assert logged["reward/mean"] == 0.75 and world.recorded == ["p1", "p3"]
+        assert world.checkpoints.state(world.checkpoints.latest())["stream"] == {"taken": 4}
+
+    asyncio.run(scenario())
+
+
+def test_at_the_bound_fewer_groups_are_trained_with_a_warning(tmp_path, caplog):
+    async def scenario():
+        world = World(tmp_path, dynamic=True, equal=("p0", "p1", "p2"), num_steps=1)
+        await world.loop.run()
+        await world.producer.close()
+        assert "train 2" in world.events
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+    assert "iteration 0 trains 1 groups instead of 2: only 1 of 4 groups in 2 batches were informative" in caplog.text
+
+
+def test_nothing_informative_stops_the_run_by_a_guard_and_leaves_rollouts_to_look_at(tmp_path):
+    async def scenario():
+        world = World(tmp_path, dynamic=True, equal=tuple(f"p{i}" for i in range(9)))
+        with pytest.raises(GuardStop, match=r"iteration 0: 0 of 4 groups in 2 batches are informative.*reward\.function"):
+            await world.loop.run()
+        await world.producer.close()
+        assert not any(event.startswith("train") for event in world.events)
+        assert world.recorded == ["p0", "p1", "p2", "p3"]
+
+    asyncio.run(scenario())
+
+
+def test_an_iteration_without_anything_to_train_stops_the_run_by_a_guard(tmp_path):
+    async def scenario():
+        world = World(tmp_path)
+        world.config.algorithm.overlong.filter = True
+        sample = world.sample
+
+        async def truncated(prompt, step):
+            group = await sample(prompt, step)
+            return replace(group, rollouts=[replace(rollout, finish_reason="length") for rollout in group.rollouts])
+
+        world.producer._sample = truncated
+        with pytest.raises(GuardStop, match="iteration 0 has nothing to train: .*rollout.max_response_tokens=1024"):
+            await world.loop.run()
+        await world.producer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_stage_begins_at_its_iteration_with_its_own_numbers(tmp_path, caplog):
+    async def scenario():
+        stages = [StageConfig(from_step=1, num_prompts_per_step=3), StageConfig(from_step=2, max_response_tokens=1)]
+        world = World(tmp_path, stages=stages)
+        world.config.algorithm.overlong.penalty_tokens = 1
+        await world.loop.run()
+        await world.producer.close()
+        assert [event for event in world.events if event.startswith("train")] == ["train 4", "train 6", "train 6"]
+        assert [row["rollout/stage"] for row in world.logged] == [0, 1, 2]
+        assert [row["reward/overlong_penalty_mean"] for row in world.logged] == [0, 0, -1]  # of 1024, 1024 and 1 tokens
+        assert world.checkpoints.state(world.checkpoints.latest())["stream"] == {"taken": 8}
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    assert caplog.text.count("begins stage") == 2 and "iteration 2 begins stage 2" in caplog.text

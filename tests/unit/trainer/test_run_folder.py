@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from qurl.config import Int8Config, TrainConfig
+from qurl.config import Int8Config, StageConfig, TrainConfig
 from qurl.errors import ConfigError
 from qurl.trainer.run_folder import RunFolder
 
@@ -67,3 +67,13 @@ def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="output_dir="):
         RunFolder(config(tmp_path / "file")).__enter__()
+
+
+def test_resuming_with_other_stages_names_the_one_that_differs(tmp_path):
+    stages = [StageConfig(from_step=4, max_response_tokens=16), StageConfig(from_step=8, max_response_tokens=32)]
+    with RunFolder(config(tmp_path, stages=stages)):
+        checkpoint(tmp_path)
+    with RunFolder(config(tmp_path, stages=stages)):
+        pass
+    with pytest.raises(ConfigError, match=r"stages\[1\]\.from_step=9: the run in .* was started with 8"):
+        RunFolder(config(tmp_path, stages=[stages[0], StageConfig(from_step=9, max_response_tokens=32)])).__enter__()
