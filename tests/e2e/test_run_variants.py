@@ -41,3 +41,18 @@ def test_the_rollout_benchmark_measures_every_pair(command_line):
     found = {(row["batch_size"], row["format"], row["baseline"]) for row in rows}
     assert found == {(size, *pair) for size in (1, 4) for pair in pairs}
     assert all(0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] for row in rows)
+
+
+def test_a_run_hands_over_to_its_next_stage_and_resumes_inside_it(command_line):
+    arguments = command_line.train(
+        "stages", "rollout.max_response_tokens=12", "rollout.num_samples_per_prompt=2", "algorithm.overlong.penalty_tokens=4",
+        "algorithm.dynamic_sampling.enabled=true", "stages=[{from_step:1,max_response_tokens:24,num_samples_per_prompt:4}]",
+    )  # fmt: skip
+    for num_steps in (2, 3):
+        code, output = command_line.run(*arguments, f"num_steps={num_steps}")
+        assert code == 0, output
+    rows = command_line.metrics("stages")
+    assert [row["rollout/response_length_max"] for row in rows] == [12, 24, 24]
+    for row, num_samples in zip(rows, (2, 4, 4), strict=True):
+        sampled = row["rollout/num_trained_groups"] / (1 - row["rollout/discarded_fraction"])
+        assert row["rollout/num_tokens"] / row["rollout/response_length_mean"] == pytest.approx(num_samples * sampled)
