@@ -64,7 +64,7 @@ def test_int8_equals_the_reference(kernel_class, partitions, columns, num_tokens
     assert ((kernel.apply(layer, x, layer.bias).float() - expected).abs() <= 4 * ulp(expected, dtype) + 1e-6).all()
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 33])
+@pytest.mark.parametrize("num_tokens", [1, 5, NarrowInt8.MANY_TOKENS + 1])
 @pytest.mark.parametrize("partitions,columns", [([80], 96), ([63, 31, 7], 128), ([1], 1056)])
 def test_narrow_int8_equals_the_reference_up_to_two_roundings(partitions, columns, num_tokens):
     kernel, layer, wires, _, _ = loaded(NarrowInt8, partitions, columns, torch.bfloat16)
@@ -73,6 +73,12 @@ def test_narrow_int8_equals_the_reference_up_to_two_roundings(partitions, column
     # half a unit for the sum, which the bias may then cancel, and half a unit for the result
     allowed = (ulp(product, torch.bfloat16) + ulp(expected, torch.bfloat16)) / 2
     assert ((kernel.apply(layer, x, layer.bias).float() - expected).abs() <= 1.01 * allowed).all()
+
+
+def test_a_token_s_narrow_product_does_not_depend_on_how_many_tokens_there_are():
+    kernel, layer, _, _, _ = loaded(NarrowInt8, [700, 33], 1056, torch.bfloat16)
+    x = torch.randn(NarrowInt8.MANY_TOKENS, 1056, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(kernel.apply(layer, x, layer.bias)[:5], kernel.apply(layer, x[:5], layer.bias))
 
 
 @pytest.mark.skipif(not compat.amx_int8_usable(64, 64, torch.bfloat16), reason="needs AMX")
