@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Collection, Sequence
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qurl.config import LearnerConfig, LearnerDtype
 from qurl.learner.deepspeed_config import deepspeed_config
+from qurl.learner.native_op import build
 
 
 def join_process_group(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
@@ -29,6 +31,8 @@ def join_process_group(rank: int, world_size: int, address: str, port: int, devi
     found = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if found != (rank, world_size):
         raise RuntimeError(f"this process is rank {found[0]} of {found[1]} already; it cannot be rank {rank} of {world_size}")
+    if device.type == "cpu":
+        build(importlib.import_module("deepspeed.comm.torch").build_shm_op)  # as an attribute, deepspeed.comm.torch is torch
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
