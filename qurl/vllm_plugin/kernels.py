@@ -132,22 +132,22 @@ class OneDnnInt8(LinearKernel):
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
 
 
-class NarrowInt8(LinearKernel):
-    """INT8 weights, widened in registers, times activation codes in bfloat16, which holds them exactly: torch's kernel for
-    weight-only quantization. It sums in float32 and rounds the sum to bfloat16, before the scales and once more after them.
+class FloatingInt8(LinearKernel):
+    """INT8 codes that are multiplied in floating point, for CPUs without INT8 instructions: whole numbers below 2^24 are exact in
+    float32, and so are their sums, in whatever order."""
 
-    For many tokens float32 products over widened blocks of rows are faster, with the same sums: whole numbers, exact below 2^24."""
-
-    COLUMNS: ClassVar[int] = 32  # of which the kernel wants a multiple; with others it reads beyond the end
-    MANY_TOKENS: ClassVar[int] = 48
-    ROWS: ClassVar[int] = 512  # of a block
+    HELD: ClassVar[torch.dtype]  # of the codes in memory
 
     def __init__(self, shape: LayerShape) -> None:
         self.codes = self.scale = self.row_scale = torch.empty(0)
         self.ones = torch.ones(shape.rows, dtype=torch.bfloat16)
 
+    @abstractmethod
+    def sums(self, codes: Tensor) -> Tensor:
+        """Activation codes int8 [T, I] times weight codes: [T, O], bfloat16 or float32."""
+
     def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
-        self.codes = _into(self.codes, codes)
+        self.codes = _into(self.codes, codes.to(self.HELD))
         self.scale = _into(self.scale, scale)
         self.row_scale = self.scale.view(1, -1)
 
@@ -155,13 +155,25 @@ class NarrowInt8(LinearKernel):
         if x.dim() != 2:
             return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
         codes, scale = compat.int8_quantize(x)
-        out = (self._sums(codes) * scale).mul_(self.row_scale)  # float32
+        out = (self.sums(codes) * scale).mul_(self.row_scale)  # float32
         return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
-        return self.codes, self.scale
+        return self.codes.to(torch.int8), self.scale
 
-    def _sums(self, codes: Tensor) -> Tensor:
+
+class NarrowInt8(FloatingInt8):
+    """INT8 weights, widened in registers, times activation codes in bfloat16, which holds them exactly: torch's kernel for
+    weight-only quantization. It rounds the sum to bfloat16, so results are rounded twice.
+
+    For many tokens float32 products over widened blocks of rows are faster; their sums are rounded alike."""
+
+    HELD = torch.int8
+    COLUMNS: ClassVar[int] = 32  # of which the kernel wants a multiple; with others it reads beyond the end
+    MANY_TOKENS: ClassVar[int] = 48
+    ROWS: ClassVar[int] = 512  # of a block
+
+    def sums(self, codes: Tensor) -> Tensor:
         """bfloat16 [T, O]"""
         if len(codes) < self.MANY_TOKENS:
             return torch._weight_int8pack_mm(codes.bfloat16(), self.codes, self.ones)
@@ -169,29 +181,14 @@ class NarrowInt8(LinearKernel):
         return torch.cat([functional.linear(wide, block.float()) for block in self.codes.split(self.ROWS)], dim=1).bfloat16()
 
 
-class WideInt8(LinearKernel):
-    """Codes held and multiplied as float32, at the speed of a float32 matrix product and with four bytes a weight.
+class WideInt8(FloatingInt8):
+    """Codes held as float32: the speed of a float32 matrix product, four bytes a weight."""
 
-    Sums of code products are exact below 2^24 and correctly rounded float32 operations beyond, so results are those of integers up
-    to float32 rounding."""
+    HELD = torch.float32
 
-    def __init__(self, shape: LayerShape) -> None:
-        self.codes = self.scale = self.row_scale = torch.empty(0)
-
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
-        self.codes = _into(self.codes, codes.float())
-        self.scale = _into(self.scale, scale)
-        self.row_scale = self.scale.view(1, -1)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dim() != 2:
-            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
-        codes, scale = compat.int8_quantize(x)
-        out = functional.linear(codes.float(), self.codes).mul_(scale).mul_(self.row_scale)
-        return (out if bias is None else out.add_(bias)).to(x.dtype)
-
-    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
-        return self.codes.to(torch.int8), self.scale
+    def sums(self, codes: Tensor) -> Tensor:
+        """float32 [T, O]"""
+        return functional.linear(codes.float(), self.codes)
 
 
 class Emulation(LinearKernel):
@@ -273,7 +270,7 @@ def _announce(format: QuantizationFormat, kernel: LinearKernel) -> None:
     _announced.add(name)
     if isinstance(kernel, Emulation):
         logger.warning("%s is emulated on this device: exact codes and scales, float32 products, slow", format.name)
-    elif isinstance(kernel, NarrowInt8 | WideInt8):
+    elif isinstance(kernel, FloatingInt8):
         logger.warning("this CPU has no VNNI, without which oneDNN's INT8 products are wrong: int8 is multiplied in floating point")
     else:
         logger.info("%s linear layers run on %s", format.name, type(kernel).__name__)
