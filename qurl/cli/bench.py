@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
     sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
     for command in (rollout, sync):
-        command.add_argument("--formats", nargs="+", metavar="FORMAT", help="none, int8, fp8, fp8_block; rollout: stock_int8 too")
+        command.add_argument("--formats", nargs="+", metavar="FORMAT", help="none, int8, fp8, mxfp4, ...; rollout: stock_int8 too")
         command.add_argument("--num-rounds", type=int, metavar="N", help="turns of every format; a ratio is the median over rounds")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
 

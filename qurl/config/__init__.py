@@ -16,7 +16,7 @@ from qurl.config.algorithm import (
 from qurl.config.data import DataConfig, DatasetConfig, OverlongPrompts
 from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig
-from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, QuantizationConfig, UpdateAwareness
+from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, Mxfp4Config, QuantizationConfig, UpdateAwareness
 from qurl.config.reward import RewardConfig
 from qurl.config.rollout import RolloutConfig, StageConfig
 from qurl.config.run import CheckpointConfig, ClusterConfig, Device, EvaluationConfig, LoggingConfig, TrainConfig, WandbMode
@@ -25,7 +25,7 @@ from qurl.config.sync import SyncConfig
 __all__ = [
     "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig", "DataConfig",
     "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config",
-    "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "OverlongConfig",
-    "OverlongPrompts", "PolicyLossConfig", "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig", "StageConfig",
-    "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+    "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "Mxfp4Config",
+    "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig",
+    "StageConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
 ]

@@ -25,12 +25,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, QuantizationConfig
+from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, Mxfp4Config, QuantizationConfig
 from qurl.config.rollout import StageConfig
 from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
 
-SCHEMAS = {"none": QuantizationConfig, "int8": Int8Config, "fp8": Fp8Config, "fp8_block": Fp8BlockConfig}
+SCHEMAS = {
+    "none": QuantizationConfig, "int8": Int8Config, "fp8": Fp8Config, "fp8_block": Fp8BlockConfig, "mxfp4": Mxfp4Config,
+}  # fmt: skip
 """Options of the group `quantization` and their dataclasses."""
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -62,7 +64,7 @@ def compose(overrides: Sequence[str]) -> TrainConfig:
 
 
 def group_options(group: str) -> list[str]:
-    """Names that a configuration group accepts, e.g. `quantization` -> fp8, fp8_block, int8, none."""
+    """Names that a configuration group accepts, e.g. `quantization` -> fp8, fp8_block, int8, mxfp4, none."""
     return sorted(path.stem for path in (assets_dir("configs") / group).glob("*.yaml"))
 
 

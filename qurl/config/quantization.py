@@ -43,3 +43,10 @@ class Fp8BlockConfig(QuantizationConfig):
     """E4M3 W8A8: 128x128 weight blocks, 1x128 activation groups."""
 
     format: str = "fp8_block"
+
+
+@dataclass(kw_only=True, slots=True)
+class Mxfp4Config(QuantizationConfig):
+    """E2M1 W4A4: groups of 32 inputs with an E8M0 scale, for weights and activations."""
+
+    format: str = "mxfp4"

@@ -14,6 +14,7 @@ from qurl.hardware import Hardware
 from qurl.learner.policy import LOGIT_BYTES
 from qurl.plan.model_facts import ModelFacts
 from qurl.quantization import FORMATS
+from qurl.quantization.grouped import GroupedFormat
 from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
 
@@ -73,14 +74,18 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
 
 
 def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], machine: Hardware, device: str) -> int:
-    """What an engine keeps of the weights: the bytes of the wire. INT8 on a CPU without instructions for it takes four a weight
-    where activations are not bfloat16."""
+    """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits are held decoded, in four bytes a weight, and
+    so is INT8 on a CPU without instructions for it where activations are not bfloat16."""
     on_wire = wire_bytes(config, model, targets)
-    is_wide = config.quantization.format == "int8" and config.rollout.dtype != "bfloat16" and device == "cpu"
-    if not is_wide or not machine.cpu_flags or machine.int8_instructions:
+    quantization = FORMATS[config.quantization.format]
+    is_wide = quantization.name == "int8" and config.rollout.dtype != "bfloat16" and device == "cpu"
+    is_emulated = is_wide and bool(machine.cpu_flags) and not machine.int8_instructions
+    if not is_emulated and not isinstance(quantization, GroupedFormat):
         return on_wire
-    codes = sum(math.prod(shape) for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets)
-    return on_wire + 3 * codes
+    shapes = [shape for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets]
+    if is_emulated:
+        return on_wire + 3 * sum(map(math.prod, shapes))
+    return on_wire + math.ceil(sum(math.prod(shape) * (32.0 - quantization.bits_per_weight(shape)) / 8 for shape in shapes))
 
 
 def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, targets: frozenset[str]) -> LearnerMemory:

@@ -118,4 +118,10 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
     if experts:
         name = config.quantization.format
         raise ConfigError(f"quantization={name}: mixtures of experts are not supported ({experts[0]}); use quantization=none")
-    return select_targets(model.linear_names, config.quantization.ignore)
+    targets = select_targets(model.linear_names, config.quantization.ignore)
+    for name in sorted(targets):
+        try:
+            FORMATS[config.quantization.format].check_columns(model.parameters[f"{name}.weight"][1])
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from error
+    return targets

@@ -22,6 +22,8 @@ from qurl.plan.memory import (
 )
 from qurl.plan.model_facts import ModelFacts, read_model_facts
 from qurl.plan.preflight import check_datasets, check_model, check_names
+from qurl.quantization import FORMATS
+from qurl.quantization.grouped import GroupedFormat
 
 GIB = 1 << 30
 FP8_CAPABILITY = (8, 9)
@@ -176,6 +178,9 @@ def _warnings(config: TrainConfig, memory: list[EngineMemory], placement: Placem
             f"quantization={config.quantization.format} needs compute capability 8.9, {machine.gpus[0].name} has "
             f"{'.'.join(map(str, machine.gpus[0].capability))}; use quantization=int8"
         )
+    if isinstance(FORMATS[config.quantization.format], GroupedFormat):
+        name = config.quantization.format
+        found.append(f"{name} is emulated: the numbers are exact, the speed and the engine's memory are those of float32")
     if engine.kv_pool is not None and engine.kv_all > engine.kv_pool:
         found.append(
             f"the cache holds {engine.kv_pool // engine.kv_per_sequence} of {engine.num_sequences} full-length sequences of an "

@@ -4,9 +4,9 @@ A format turns one full-precision weight matrix into the tensors that travel to 
 states the arithmetic an engine performs with them. The same object serves the learner (encode), the audit of an engine (decode)
 and the tests of an engine's kernels (quantize_activations, linear), so all of them mean the same numbers.
 
-Wire tensors are keyed by suffix: "weight" holds the codes and "weight_scale" the scales; the full name on the wire is
-f"{module}.{suffix}". Scales are kept at or above a tiny positive floor, so a row of zeros needs no special case: its codes are 0
-and it decodes to exact zeros."""
+Wire tensors are keyed by suffix: "weight" holds the codes (see qurl.quantization.packing for those of 4 bits) and "weight_scale"
+the scales; the full name on the wire is f"{module}.{suffix}". Scales are kept at or above a tiny positive floor, so a row of zeros
+needs no special case: its codes are 0 and it decodes to exact zeros."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ class QuantizationFormat(ABC):
     """compressed-tensors' words for the format: `format`, `weights`, `input_activations`; None where it has none."""
     rounds_stochastically: ClassVar[bool] = False
     """Whether encode_stochastically works."""
+    block: ClassVar[tuple[int, int]] = (1, 1)
+    """Rows and columns that share a scale, where it is not that of a whole row."""
+    has_whole_blocks: ClassVar[bool] = False
+    """Whether I must be a multiple of block[1]; else the last block of a row may be shorter."""
+    checkpoint_names: ClassVar[Mapping[str, str]] = {}
+    """Suffixes that are called otherwise in a compressed-tensors checkpoint."""
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -57,6 +63,14 @@ class QuantizationFormat(ABC):
     @abstractmethod
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """Bits on the wire, scales included, over the number of weights of a matrix of shape (O, I)."""
+
+    def check_columns(self, columns: int) -> None:
+        """Raises ValueError where a weight with so many columns cannot be encoded."""
+        if self.has_whole_blocks and columns % self.block[1]:
+            raise ValueError(
+                f"quantization={self.name} needs a multiple of {self.block[1]} input features, not {columns}; add the layer to "
+                "quantization.ignore or use quantization=int8"
+            )
 
     def compressed_tensors_config(self, ignore: Sequence[str]) -> dict[str, Any] | None:
         """`quantization_config` of a checkpoint's config.json; None where the checkpoint is an ordinary one.

@@ -7,10 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qurl.quantization.packing import is_packed
 
-def is_code(tensor: Tensor) -> bool:
-    """Whether a wire tensor holds codes (one byte each); scales and unquantized tensors do not."""
-    return tensor.element_size() == 1
+
+def is_code(name: str, tensor: Tensor) -> bool:
+    """Whether a wire tensor, by its name, holds codes; scales and unquantized tensors do not."""
+    return name.rpartition(".")[2] == "weight" and tensor.element_size() == 1
+
+
+def num_codes(codes: Tensor) -> int:
+    """Codes in a tensor of codes."""
+    return codes.numel() * (2 if is_packed(codes) else 1)
+
+
+def num_changed_codes(previous: Tensor, current: Tensor) -> int:
+    """Codes whose bits differ in two tensors of codes of the same shape and dtype."""
+    difference = previous.view(torch.uint8) ^ current.view(torch.uint8)
+    parts = (difference & 15, difference >> 4) if is_packed(current) else (difference,)
+    return sum(int(part.count_nonzero()) for part in parts)
 
 
 def changed_codes(previous: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -24,7 +38,7 @@ def changed_codes(previous: Mapping[str, Tensor], current: Mapping[str, Tensor])
         old = previous[name]
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise ValueError(f"{name} was {old.dtype} {tuple(old.shape)} and is {new.dtype} {tuple(new.shape)}")
-        if is_code(new):
-            changed += int((old.view(torch.uint8) != new.view(torch.uint8)).sum())
-            total += new.numel()
+        if is_code(name, new):
+            changed += num_changed_codes(old, new)
+            total += num_codes(new)
     return changed, total

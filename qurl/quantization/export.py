@@ -39,8 +39,8 @@ def export_checkpoint(
     """Write `source` (a Hugging Face folder with safetensors, or a transformers model) to `out_dir`; returns the encoded modules.
 
     ignore: patterns of qurl.quantization.select_targets. Tensors of encoded modules are exactly those of
-    `quantization.encode`; all others keep their values and dtype. A model brings no tokenizer; a folder's is copied. config.json is
-    written last, so an interrupted export does not load.
+    `quantization.encode`, by their `checkpoint_names`; all others keep their values and dtype. A model brings no tokenizer; a
+    folder's is copied. config.json is written last, so an interrupted export does not load.
     Raises ValueError where the source is no such folder, already quantized or a mixture of experts, or out_dir is not empty."""
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -132,7 +132,8 @@ def _encoded(
             wire = quantization.encode(tensor)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        yield from ((f"{module}.{suffix}", wire_tensor) for suffix, wire_tensor in wire.items())
+        names = quantization.checkpoint_names
+        yield from ((f"{module}.{names.get(suffix, suffix)}", wire_tensor) for suffix, wire_tensor in wire.items())
 
 
 def _write_shards(out_dir: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:

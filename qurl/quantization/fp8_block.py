@@ -24,6 +24,7 @@ class Fp8Block(QuantizationFormat):
     """weight float8_e4m3fn [O, I], weight_scale float32 [ceil(O/128), ceil(I/128)]."""
 
     name = "fp8_block"
+    block = (BLOCK, BLOCK)
     rounds_stochastically = True
     scheme = {
         "format": "float-quantized",

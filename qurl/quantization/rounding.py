@@ -26,7 +26,7 @@ def rounding_generator(seed: int, version: int, module: str, device: torch.devic
 
 def to_int8(x: Tensor, largest: float, generator: torch.Generator) -> Tensor:
     """int8 codes with mean x, within +-largest; x float32 within +-largest, give or take its last bit."""
-    return _to_neighbors(x, generator).clamp_(-largest, largest).to(torch.int8)
+    return to_neighbors(x, generator).clamp_(-largest, largest).to(torch.int8)
 
 
 def to_e4m3(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -34,11 +34,11 @@ def to_e4m3(x: Tensor, generator: torch.Generator) -> Tensor:
     exponent = torch.frexp(x).exponent - 1  # floor(log2 |x|)
     shift = exponent.clamp_(min=E4M3_SMALLEST_EXPONENT) - E4M3_MANTISSA_BITS
     spacing = torch.ldexp(torch.ones_like(x), shift)  # between the neighbors of x; dividing by it is exact
-    rounded = _to_neighbors(x / spacing, generator).mul_(spacing)
+    rounded = to_neighbors(x / spacing, generator).mul_(spacing)
     return rounded.clamp_(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn)
 
 
-def _to_neighbors(x: Tensor, generator: torch.Generator) -> Tensor:
+def to_neighbors(x: Tensor, generator: torch.Generator) -> Tensor:
     """floor(x), plus 1 with the probability of what is left."""
     lower = x.floor()
     draws = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)

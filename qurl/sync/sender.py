@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qurl.config.sync import SyncConfig
 from qurl.quantization.base import QuantizationFormat
-from qurl.quantization.changes import is_code
+from qurl.quantization.changes import is_code, num_changed_codes, num_codes
 from qurl.quantization.rounding import rounding_generator
 from qurl.sync.bucket import Delta, WireTensor, describe, lay_out
 from qurl.sync.delta import find_changes, is_smaller_as_delta, num_changes
@@ -195,7 +195,7 @@ class WeightSender:
         record = describe(name, tensor)
         progress.records.append(record)
         previous = self._previous.get(name)
-        codes = is_code(tensor)
+        codes = is_code(name, tensor)
         if not self._config.delta and not (self._config.track_changes and codes):
             return WireTensor(record=record, pieces=(tensor,), delta=None)
         on_host = tensor.cpu()
@@ -204,8 +204,8 @@ class WeightSender:
             return WireTensor(record=record, pieces=(tensor,), delta=None)
         changes = num_changes(previous, on_host)
         if codes:
-            progress.num_codes += tensor.numel()
-            progress.num_changed_codes += changes
+            progress.num_codes += num_codes(tensor)
+            progress.num_changed_codes += num_changed_codes(previous, on_host)
         pieces: tuple[Tensor, ...] = (tensor,)
         delta = None
         if base_version is not None and is_smaller_as_delta(tensor, changes):

@@ -21,10 +21,10 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.fp8_block import BLOCK
-from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter
+from qurl.vllm_plugin.kernels import CodeKernel, LayerShape, as_parameter
 
 
-def select_cuda_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> LinearKernel:
+def select_cuda_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> CodeKernel:
     """vLLM's kernel for this GPU; needs a current vLLM config. Raises ValueError where it cannot run the format as W8A8."""
     for name in ("input_scale", "input_zero_point", "azp_adj", "input_scale_ub"):
         layer.register_parameter(name, None)  # vLLM's kernels ask for all of them
@@ -45,7 +45,7 @@ def select_cuda_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape
         layer.weight_block_size = [BLOCK, BLOCK]
         weight_key = create_fp8_quant_key(static=True, group_shape=GroupShape(BLOCK, BLOCK))
         return CudaBlockwise(_fp8_kernel(shape, kFp8Dynamic128Sym, weight_key), shape)
-    raise ValueError(f"quantization.format={format.name} has no GPU kernel; use int8, fp8, fp8_block or none")
+    raise ValueError(f"quantization.format={format.name} has no GPU kernel; use int8, fp8 or fp8_block")
 
 
 def _fp8_kernel(shape: LayerShape, activation_key: Any, weight_key: Any) -> Any:
@@ -65,7 +65,7 @@ def _fp8_kernel(shape: LayerShape, activation_key: Any, weight_key: Any) -> Any:
     return kernel
 
 
-class CudaChannelwise(LinearKernel):
+class CudaChannelwise(CodeKernel):
     """INT8 and FP8 with one scale per row. Codes lie as [I, O], a transposed view; the kernel may pad them."""
 
     def __init__(self, kernel: Any, *, transposed_by_kernel: bool) -> None:
@@ -87,7 +87,7 @@ class CudaChannelwise(LinearKernel):
         return layer.weight.data.t()[:rows, :columns], layer.weight_scale.data.reshape(-1, 1)[:rows]
 
 
-class CudaBlockwise(LinearKernel):
+class CudaBlockwise(CodeKernel):
     """FP8 in 128x128 blocks. Codes lie as [O, I]; scales are kept per row as well, for read_back, where the kernel re-lays them."""
 
     def __init__(self, kernel: Any, shape: LayerShape) -> None:

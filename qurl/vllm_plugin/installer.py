@@ -119,7 +119,7 @@ class WeightInstaller:
         _, method = self.linears[module_name]
         assert method.format is not None
         if method.format.name != "none" and leaf != "bias":
-            needed = method.code_dtype if leaf == "weight" else torch.float32
+            needed = method.wire_dtype(leaf)
             if tensor.dtype != needed:
                 raise RuntimeError(
                     f"{name!r} came as {tensor.dtype}, but the engine holds {method.format.name} there, {needed}; "

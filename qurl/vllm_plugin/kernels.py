@@ -6,11 +6,12 @@
                GPU: vLLM's choice (CUTLASS first).
     fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
     fp8_block  the same.
+    mxfp4      everywhere: activations rounded to the format's numbers, times the decoded weight in float32.
 
 The AMX kernel scales activations by 127/amax where oneDNN multiplies by 1/(amax/127): codes differ by one where a value lies
 exactly between two codes (some 4 of 10,000 values that come from bfloat16), and nowhere else.
 
-A kernel owns its weights on the CPU; a GPU kernel leaves them in the layer's parameters, as vLLM's kernels do."""
+A kernel owns its weights on the CPU; on a GPU it leaves them in the layer's parameters, as vLLM's kernels do."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from torch.nn import Parameter, functional
 
 from qurl.quantization import FORMATS
 from qurl.quantization.base import QuantizationFormat
-from qurl.quantization.fp8_block import BLOCK
+from qurl.quantization.grouped import GroupedFormat
 from qurl.vllm_plugin import compat
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class LayerShape:
 
 
 class LinearKernel(ABC):
-    """Codes [O, I] and scales [O, groups] of one layer, scales one row per output feature whatever the format's blocks."""
+    """Codes [O, I] (packed ones [O, I/2]) and scales [O, groups] of one layer, one row of scales per output feature whatever the
+    format's blocks."""
 
     @abstractmethod
     def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
@@ -60,13 +62,28 @@ class LinearKernel(ABC):
         """x [..., I] -> [..., O] in x's dtype."""
 
     @abstractmethod
+    def decoded(self, layer: Any, format: QuantizationFormat, partitions: Sequence[int]) -> list[Tensor]:
+        """What `apply` multiplies with: a float32 matrix [rows, I] per fused matrix."""
+
+
+class CodeKernel(LinearKernel):
+    """A kernel that multiplies codes."""
+
+    @abstractmethod
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """The codes [O, I] and scales that `apply` works with."""
+        """The codes and scales that `apply` works with."""
+
+    def decoded(self, layer: Any, format: QuantizationFormat, partitions: Sequence[int]) -> list[Tensor]:
+        codes, scale = (tensor.split(list(partitions)) for tensor in self.read_back(layer))
+        return [format.decode(wire_of(format.name, c, s)) for c, s in zip(codes, scale, strict=True)]
 
 
 def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> LinearKernel:
     """The kernel for a layer of this format. Raises ValueError where the device has none for it."""
-    if shape.device.type == "cuda":
+    kernel: LinearKernel
+    if isinstance(format, GroupedFormat):
+        kernel = Decoded(format, shape)
+    elif shape.device.type == "cuda":
         from qurl.vllm_plugin.cuda import select_cuda_kernel
 
         kernel = select_cuda_kernel(format, layer, shape)
@@ -86,7 +103,7 @@ def _cpu_int8_kernel(shape: LayerShape) -> LinearKernel:
     return NarrowInt8(shape) if shape.dtype == torch.bfloat16 and shape.columns % NarrowInt8.COLUMNS == 0 else WideInt8(shape)
 
 
-class AmxInt8(LinearKernel):
+class AmxInt8(CodeKernel):
     """vLLM's AMX kernel; it quantizes activations itself."""
 
     def __init__(self, shape: LayerShape) -> None:
@@ -109,7 +126,7 @@ class AmxInt8(LinearKernel):
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
 
 
-class OneDnnInt8(LinearKernel):
+class OneDnnInt8(CodeKernel):
     """oneDNN through vLLM. The handler owns the packed codes and points into `scale`."""
 
     def __init__(self, shape: LayerShape) -> None:
@@ -132,7 +149,7 @@ class OneDnnInt8(LinearKernel):
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
 
 
-class FloatingInt8(LinearKernel):
+class FloatingInt8(CodeKernel):
     """INT8 codes that are multiplied in floating point, for CPUs without INT8 instructions: whole numbers below 2^24 are exact in
     float32, and so are their sums, in whatever order."""
 
@@ -191,7 +208,7 @@ class WideInt8(FloatingInt8):
         return functional.linear(codes.float(), self.codes)
 
 
-class Emulation(LinearKernel):
+class Emulation(CodeKernel):
     """The format's own torch arithmetic: same codes, same scales, float32 products. Slow; for CPUs without the instructions."""
 
     def __init__(self, format: QuantizationFormat, shape: LayerShape) -> None:
@@ -226,9 +243,43 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str,
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+class Decoded(LinearKernel):
+    """The format's own torch arithmetic with a weight that is decoded once, when it is loaded: four bytes a weight, and the speed
+    of a float32 product after rounding the activations."""
+
+    def __init__(self, format: GroupedFormat, shape: LayerShape) -> None:
+        self.format = format
+        self.shape = shape
+        self.weight = torch.empty(0)
+
+    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
+        parts = zip(codes.split(self.shape.partitions), scale.split(self.shape.partitions), strict=True)
+        self.weight = _into(self.weight, torch.cat([self.format.decode(wire_of(self.format.name, c, s)) for c, s in parts]))
+        layer.register_parameter("weight", as_parameter(self.weight))
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.qurl.decoded_linear(x, layer.weight, bias, self.format.name)
+
+    def decoded(self, layer: Any, format: QuantizationFormat, partitions: Sequence[int]) -> list[Tensor]:
+        return [part.clone() for part in layer.weight.data.split(list(partitions))]
+
+
+@torch.library.custom_op("qurl::decoded_linear", mutates_args=())
+def _decoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    """As emulated_linear, with a decoded weight."""
+    quantization = FORMATS[format]
+    assert isinstance(quantization, GroupedFormat)
+    return quantization.linear_decoded(x, weight, bias)
+
+
+@_decoded_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def row_block(format: str) -> int:
     """Rows of one Hugging Face matrix that share a row of scales on the wire."""
-    return BLOCK if format == "fp8_block" else 1
+    return FORMATS[format].block[0]
 
 
 def scale_per_row(format: str, scale: Tensor, rows: int) -> Tensor:
@@ -268,7 +319,7 @@ def _announce(format: QuantizationFormat, kernel: LinearKernel) -> None:
     if name in _announced:
         return
     _announced.add(name)
-    if isinstance(kernel, Emulation):
+    if isinstance(kernel, Emulation | Decoded):
         logger.warning("%s is emulated on this device: exact codes and scales, float32 products, slow", format.name)
     elif isinstance(kernel, FloatingInt8):
         logger.warning("this CPU has no VNNI, without which oneDNN's INT8 products are wrong: int8 is multiplied in floating point")

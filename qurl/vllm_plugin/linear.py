@@ -20,11 +20,15 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod, register_
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 from qurl.quantization.base import QuantizationFormat
+from qurl.quantization.packing import is_packed, pack, unpack
 from qurl.vllm_plugin.compat import full_output_sizes, keep_shard, shard_index
-from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, row_block, scale_per_row, select_kernel, wire_of
+from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, row_block, scale_per_row, select_kernel
 
 if TYPE_CHECKING:
     from qurl.vllm_plugin.config import QurlConfig
+
+NOT_LOADED = 0xFF
+"""A byte that fills scales which did not come yet: NaN in float32, E4M3 and E8M0."""
 
 
 @register_weight_loader_v2_supported_method
@@ -66,9 +70,10 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         self._check_sharding(sum(output_partition_sizes) != output_size)
         layer.logical_widths = output_partition_sizes  # vLLM's kernels read it
         self._stage_matrix(layer, "weight", params_dtype, self.shape.columns)
-        if self.config.encoded:  # codes of 8 bits are exact in every floating dtype
-            self._stage_matrix(layer, "weight_scale", torch.float32, self._num_groups(self.shape.columns))
-            layer.weight_scale.data.fill_(torch.nan)
+        if self.config.encoded:  # codes, unpacked, are exact in every floating dtype
+            scale = self._wire_row(self.shape.columns)["weight_scale"]
+            self._stage_matrix(layer, "weight_scale", scale.dtype, scale.shape[1])
+            layer.weight_scale.data.view(torch.uint8).fill_(NOT_LOADED)
 
     def stage(self, layer: Any) -> None:
         """Prepare a live layer for the wire tensors of its format (or the weight, for none)."""
@@ -76,8 +81,8 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         if self.format.name == "none":
             self._stage_matrix(layer, "weight", self.shape.dtype, self.shape.columns)
         else:
-            self._stage_matrix(layer, "weight", self.code_dtype, self.shape.columns)
-            self._stage_matrix(layer, "weight_scale", torch.float32, self._num_groups(self.shape.columns))
+            for name, row in self._wire_row(self.shape.columns).items():
+                self._stage_matrix(layer, name, row.dtype, row.shape[1])
         layer.update_param_tp_status()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -106,13 +111,11 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         if self.format is None or self.kernel is None:
             identity = torch.eye(self.shape.columns, dtype=self.shape.dtype, device=self.shape.device)
             return list(self.apply(layer, identity).float().T.split(self.shape.partitions))
-        codes, scale = (tensor.split(self.shape.partitions) for tensor in self.kernel.read_back(layer))
-        return [self.format.decode(wire_of(self.format.name, c, s)) for c, s in zip(codes, scale, strict=True)]
+        return self.kernel.decoded(layer, self.format, self.shape.partitions)
 
-    @property
-    def code_dtype(self) -> torch.dtype:
-        """Of the weight on the wire."""
-        return self.config.format.encode(torch.zeros(1, 1))["weight"].dtype
+    def wire_dtype(self, name: str) -> torch.dtype:
+        """Of the tensor "weight" or "weight_scale" on the wire."""
+        return self._wire_row(1)[name].dtype
 
     def wire_rows(self) -> dict[str, int]:
         """Rows that an update brings for each parameter of the weight, over all ranks and fused matrices."""
@@ -123,31 +126,44 @@ class QurlLinearMethod(UnquantizedLinearMethod):
             rows["weight_scale"] = sum(-(-size // block) for size in self.full_sizes)
         return rows
 
-    def _num_groups(self, columns: int) -> int:
-        return self.config.format.encode(torch.zeros(1, columns))["weight_scale"].shape[1]
+    def _wire_row(self, columns: int) -> dict[str, Tensor]:
+        """Wire tensors of a weight of one row and so many columns, or the next more that the format can encode."""
+        rounded = -(-columns // self._column_block) * self._column_block
+        return self.config.format.encode(torch.zeros(1, rounded))
+
+    @property
+    def _column_block(self) -> int:
+        return self.config.format.block[1] if self.config.format.has_whole_blocks else 1
 
     def _check_sharding(self, is_column_sharded: bool) -> None:
         """Blocks of scales must not straddle tensor-parallel ranks."""
-        block = row_block(self.config.format.name)
-        is_cut = is_column_sharded and any(rows % block for rows in self.shape.partitions)
-        if is_cut or (self.full_columns != self.shape.columns and self.shape.columns % block):
+        rows, columns = self.config.format.block
+        is_cut = is_column_sharded and any(part % rows for part in self.shape.partitions)
+        if is_cut or (self.full_columns != self.shape.columns and self.shape.columns % columns):
             sizes = f"{list(self.shape.partitions)} x {self.shape.columns}"
             raise ValueError(
                 f"rollout.tensor_parallel_size cuts {', '.join(self.names)} into {sizes}, which is no multiple of "
-                f"{block} as {self.config.format.name} needs; use fewer ranks or quantization.format=fp8"
+                f"{rows} x {columns} as {self.config.format.name} needs; use fewer ranks or quantization.format=fp8"
             )
 
     def _stage_matrix(self, layer: Any, name: str, dtype: torch.dtype, columns: int) -> None:
         """Register an empty [O, columns] parameter that the model's loaders can fill."""
         data = torch.empty((self.shape.rows, columns), dtype=dtype, device=self.shape.device)
-        loader = self._load_scale if name == "weight_scale" else self.loader
+        loader = self._load_scale if name == "weight_scale" else self._load_codes
         arguments: dict[str, Any] = {"data": data, "output_dim": 0, "weight_loader": loader}
         parameter: nn.Parameter
-        if name == "weight_scale" and self._num_groups(self.full_columns) == 1:
+        if name == "weight_scale" and self._wire_row(self.full_columns)[name].shape[1] == 1:
             parameter = ChannelQuantScaleParameter(**arguments)  # not divided over ranks with the columns
         else:
             parameter = ModelWeightParameter(input_dim=1, **arguments)
         layer.register_parameter(name, parameter)
+
+    def _load_codes(self, parameter: nn.Parameter, tensor: Tensor, *arguments: Any) -> None:
+        """Weight loader for the weight: packed codes of an encoded checkpoint go where an ignored layer's numbers would, one a
+        place, since the checkpoint is loaded before it is known which layers are ignored."""
+        if is_packed(tensor) and parameter.is_floating_point():
+            tensor = keep_shard(unpack(tensor), tensor)
+        self.loader(parameter, tensor, *arguments)
 
     def _load_scale(self, parameter: nn.Parameter, tensor: Tensor, *arguments: Any) -> None:
         """Weight loader for wire scales: one row of scales per row of the matrix, so that they shard and fuse like the codes."""
@@ -160,9 +176,10 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         weight = layer.weight.data
         if self.config.encoded:
             scale = layer.weight_scale.data
-            if scale.isnan().any():
+            if (scale.view(torch.uint8) == NOT_LOADED).view(*scale.shape, -1).all(dim=-1).any():
                 raise ValueError(f"the checkpoint has no weight_scale for all of {', '.join(self.names)}; it is not an encoded one")
-            return weight.to(self.code_dtype), scale
+            codes = weight.to(self.wire_dtype("weight"))
+            return pack(codes) if is_packed(codes) else codes, scale
         wires = [self._encode(part) for part in weight.split(self.shape.partitions)]
         return torch.cat([codes for codes, _ in wires]), torch.cat([scale for _, scale in wires])
 
@@ -172,12 +189,9 @@ class QurlLinearMethod(UnquantizedLinearMethod):
             wire = self.config.format.encode(matrix)
             return wire["weight"], scale_per_row(self.config.format.name, wire["weight_scale"], len(matrix))
         wire = self.config.format.encode(tensor_model_parallel_all_gather(matrix.contiguous(), dim=1))
-        rank = get_tensor_model_parallel_rank()
         scale = scale_per_row(self.config.format.name, wire["weight_scale"], len(matrix))
-        if scale.shape[1] > 1:
-            groups = self._num_groups(self.shape.columns)
-            scale = scale[:, rank * groups :][:, :groups]
-        return wire["weight"][:, rank * self.shape.columns :][:, : self.shape.columns].contiguous(), scale.contiguous()
+        own = {name: row.shape[1] for name, row in self._wire_row(self.shape.columns).items()}
+        return _own_columns(wire["weight"], own["weight"]), _own_columns(scale, own["weight_scale"])
 
     def _keep_storage(self, layer: Any) -> None:
         """Move the live parameters into the storage of the first ones."""
@@ -189,3 +203,10 @@ class QurlLinearMethod(UnquantizedLinearMethod):
                 continue
             self._graph_storage[name].copy_(parameter.data)
             layer.register_parameter(name, as_parameter(self._graph_storage[name]))
+
+
+def _own_columns(tensor: Tensor, columns: int) -> Tensor:
+    """This rank's columns of a tensor that is divided over ranks with the inputs; a scale of whole rows is not."""
+    if tensor.shape[1] == columns:
+        return tensor
+    return tensor[:, get_tensor_model_parallel_rank() * columns :][:, :columns].contiguous()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qurl.config import Fp8BlockConfig, Int8Config, QuantizationConfig, TrainConfig
+from qurl.config import Fp8BlockConfig, Int8Config, Mxfp4Config, QuantizationConfig, TrainConfig
 from qurl.config.compose import assets_dir, compose, load_config
 from qurl.config.validate import validate
 from qurl.errors import ConfigError
@@ -33,8 +33,8 @@ def test_every_yaml_of_a_recipe_composes_and_validates(path: Path) -> None:
 
 
 def test_options_of_quantization_are_their_own_dataclasses() -> None:
-    kinds = {name: type(compose([*NEEDED, f"quantization={name}"]).quantization) for name in ("none", "int8", "fp8_block")}
-    assert kinds == {"none": QuantizationConfig, "int8": Int8Config, "fp8_block": Fp8BlockConfig}
+    kinds = {name: type(compose([*NEEDED, f"quantization={name}"]).quantization) for name in ("none", "int8", "fp8_block", "mxfp4")}
+    assert kinds == {"none": QuantizationConfig, "int8": Int8Config, "fp8_block": Fp8BlockConfig, "mxfp4": Mxfp4Config}
 
 
 def test_keys_below_dictionaries_need_no_plus_and_merge() -> None:
@@ -79,7 +79,7 @@ def test_the_saved_configuration_of_a_run_composes_to_itself(tmp_path: Path) -> 
         ("+typo=1", "unknown key 'typo'"),
         ("++rollout.typo=1", "rollout has rollout.engine_args"),
         ("temperature=1", "evaluation.temperature or rollout.temperature"),
-        ("quantization=int9", "use one of fp8, fp8_block, int8, none"),
+        ("quantization=int9", "use one of fp8, fp8_block, int8, mxfp4, none"),
         ("quantization=null", "use one of fp8"),
         ("quantisation=int8", "did you mean quantization"),
         ("+model=gpt", "is not an option"),

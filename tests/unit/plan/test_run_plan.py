@@ -45,7 +45,7 @@ def test_parameters_and_wire_bytes_match_the_real_model_and_its_encoding(needed:
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
     linear = [name for name, module in model.named_modules() if type(module).__name__ == "Linear"]
-    for name in ("none", "int8", "fp8", "fp8_block"):
+    for name in FORMATS:
         found = plan([*needed, f"quantization={name}"])
         targets = select_targets(linear, []) if name != "none" else frozenset()
         expected = 0

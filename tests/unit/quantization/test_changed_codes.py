@@ -15,18 +15,18 @@ def test_only_codes_are_counted_and_only_changed_bits_count():
     assert changed_codes({}, {}) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_block"])
-def test_a_moved_weight_changes_one_code(name):
-    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "none"])
+@pytest.mark.parametrize("column", [4, 5])  # the two halves of a byte
+def test_a_moved_weight_changes_one_code(name, column):
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
     moved = weight.clone()
-    smallest = int(weight.abs().argmin())  # not the one that sets a scale
-    moved.view(-1)[smallest] += 0.1
-    assert changed_codes(FORMATS[name].encode(weight), FORMATS[name].encode(moved)) == (1, 128)
+    weight[3, column], moved[3, column] = 0.0, 0.9  # neither sets a scale
+    assert changed_codes(FORMATS[name].encode(weight), FORMATS[name].encode(moved)) == (1, 1024)
 
 
 def test_fp8_signs_of_zero_are_different_bits():
     zero = torch.zeros(2, 2).to(torch.float8_e4m3fn)
-    assert changed_codes({"w": zero}, {"w": (-torch.zeros(2, 2)).to(torch.float8_e4m3fn)}) == (4, 4)
+    assert changed_codes({"weight": zero}, {"weight": (-torch.zeros(2, 2)).to(torch.float8_e4m3fn)}) == (4, 4)
 
 
 def test_unlike_versions_are_refused():

@@ -9,6 +9,7 @@ from qurl.quantization import FORMATS, rounding_generator
 from qurl.quantization.base import QuantizationFormat
 
 NAMES = [name for name, quantization in FORMATS.items() if quantization.rounds_stochastically]
+SCALES_OF_NEAREST = [name for name in NAMES if name != "mxfp4"]  # whose nearest codes saturate, see below
 
 
 def heavy_tailed(rows, columns, seed=0):
@@ -20,21 +21,29 @@ def draw(name, weight, version=1, module="model.layers.0.mlp.up_proj", seed=0):
     return FORMATS[name].encode_stochastically(weight, rounding_generator(seed, version, module, weight.device))
 
 
+def at_least_the_gap(name, weight):
+    """No smaller than the distance of the two neighbors of each weight."""
+    exact, scale = weight.double(), draw(name, weight)["weight_scale"]
+    if name == "mxfp4":
+        scale = 2.0 ** (scale.double() - 127.0).repeat_interleave(32, dim=1)
+        return (exact.abs() / 2).maximum(0.5 * scale)
+    return 1.001 * scale.double().max() if name == "int8" else exact.abs() / 8 + scale.double().max() * 2**-9
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_decoded_weights_have_the_weight_as_their_mean(name):
-    weight, count = heavy_tailed(6, 150), 400
+    weight, count = heavy_tailed(6, 160), 400
     decoded = torch.stack([FORMATS[name].decode(draw(name, weight, version)).double() for version in range(count)])
     spread = decoded.std(dim=0)
     error = (decoded.mean(dim=0) - weight.double()).abs()
-    scale = draw(name, weight)["weight_scale"].double().max()
-    gap = scale if name == "int8" else weight.double().abs() / 8 + scale * 2**-9  # at least that of the two neighbors
-    # five standard errors for each of 900 weights, where a neighbor that is seldom drawn may not have been: (1 - 12/400)^400 = 5e-6
+    gap = at_least_the_gap(name, weight)
+    # five standard errors for each of 960 weights, where a neighbor that is seldom drawn may not have been: (1 - 12/400)^400 = 5e-6
     assert (error <= 5 * spread / math.sqrt(count) + 12 * gap / count).all()
     nearest = FORMATS[name].decode(FORMATS[name].encode(weight)).double()
     assert (nearest - weight.double()).abs().mean() > 5 * error.mean()  # what a single copy is off by, always the same way
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCALES_OF_NEAREST)
 def test_each_code_is_one_of_the_two_neighbors_and_scales_are_those_of_rounding_to_nearest(name):
     weight = heavy_tailed(140, 150)
     wire, plain = draw(name, weight), FORMATS[name].encode(weight)
@@ -53,7 +62,7 @@ def test_each_code_is_one_of_the_two_neighbors_and_scales_are_those_of_rounding_
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_that_are_codes_already_stay(name):
-    wire = FORMATS[name].encode(heavy_tailed(140, 150))
+    wire = FORMATS[name].encode(heavy_tailed(140, 160))
     again = draw(name, FORMATS[name].decode(wire))
     decoded = FORMATS[name].decode(wire)
     # dividing a product by one of its factors may miss it by the last bit, which moves few codes
@@ -62,10 +71,25 @@ def test_numbers_that_are_codes_already_stay(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_largest_code_is_never_left(name):
-    weight = torch.full((2, 200), 0.3) * torch.tensor([[1.0], [-1.0]])
+    weight = torch.full((2, 192), 0.375) * torch.tensor([[1.0], [-1.0]])  # 6 sixteenths: the largest of E2M1 as well
     for version in range(20):
         assert torch.equal(draw(name, weight, version)["weight"].float(), FORMATS[name].encode(weight)["weight"].float())
-    assert not draw(name, torch.zeros(2, 130))["weight"].float().any()
+    assert not draw(name, torch.zeros(2, 160))["weight"].float().any()
+
+
+def test_mxfp4_doubles_the_scales_under_which_the_largest_of_a_group_would_be_cut_off():
+    weight = heavy_tailed(40, 160)
+    found, nearest = (wire["weight_scale"].int() - 127 for wire in (draw("mxfp4", weight), FORMATS["mxfp4"].encode(weight)))
+    largest = weight.view(40, 5, 32).abs().amax(dim=-1).double()
+    cut_off = largest > 6 * 2.0 ** nearest.double()
+    assert 0.1 < cut_off.double().mean() < 0.9
+    assert torch.equal(found, nearest + cut_off.int())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoded_weights_are_neighbors_of_the_weights(name):
+    weight = heavy_tailed(40, 160)
+    assert ((FORMATS[name].decode(draw(name, weight)).double() - weight.double()).abs() <= at_least_the_gap(name, weight)).all()
 
 
 def test_seed_version_and_module_decide_the_codes_and_nothing_else():

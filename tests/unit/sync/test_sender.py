@@ -65,7 +65,7 @@ def test_bfloat16_weights_are_encoded_in_float32():
     assert same_bits(engine.installer.tensors, encoded({k: v.float() for k, v in weights.items()}, "fp8"))
 
 
-@pytest.mark.parametrize("name", ["none", "int8", "fp8", "fp8_block"])
+@pytest.mark.parametrize("name", list(FORMATS))
 def test_changes_leave_an_engine_with_the_same_bits_as_whole_tensors(name):
     sender, engine, weights = make_sender(name, delta=True), LocalEngine(), make_weights()
     whole = update(sender, engine, 1, weights).num_bytes

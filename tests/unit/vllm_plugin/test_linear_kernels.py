@@ -7,9 +7,11 @@ from torch import nn
 pytest.importorskip("vllm")
 
 from qurl.quantization import FORMATS
+from qurl.quantization.grouped import GroupedFormat
 from qurl.vllm_plugin import compat
 from qurl.vllm_plugin.kernels import (
     AmxInt8,
+    Decoded,
     Emulation,
     LayerShape,
     NarrowInt8,
@@ -34,7 +36,7 @@ def loaded(kernel_class, partitions, columns, dtype, *, format="int8", with_bias
     layer.bias = nn.Parameter(torch.randn(sum(partitions), generator=generator).to(dtype)) if with_bias else None
     wires = [FORMATS[format].encode(torch.randn(rows, columns, generator=generator)) for rows in partitions]
     shape = LayerShape(partitions=tuple(partitions), columns=columns, dtype=dtype, device=torch.device("cpu"))
-    kernel = kernel_class(shape) if kernel_class is not Emulation else Emulation(FORMATS[format], shape)
+    kernel = kernel_class(FORMATS[format], shape) if kernel_class in (Emulation, Decoded) else kernel_class(shape)
     codes = torch.cat([wire["weight"] for wire in wires])
     scale = torch.cat([scale_per_row(format, wire["weight_scale"], rows) for wire, rows in zip(wires, partitions, strict=True)])
     kernel.load(layer, codes, scale)
@@ -102,6 +104,31 @@ def test_emulation_is_the_reference_for_each_fused_matrix(format, partitions, co
     kernel, layer, wires, _, _ = loaded(Emulation, partitions, columns, torch.bfloat16, format=format)
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert torch.equal(kernel.apply(layer, x, layer.bias), reference(format, x, wires, layer.bias).bfloat16())
+
+
+GROUPED = [name for name, quantization in FORMATS.items() if isinstance(quantization, GroupedFormat)]
+
+
+@pytest.mark.parametrize("format", GROUPED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("partitions", [[64, 32, 32], [130]])
+def test_a_decoded_weight_is_the_reference_for_each_fused_matrix(format, dtype, partitions):
+    kernel, layer, wires, _, _ = loaded(Decoded, partitions, 256, dtype, format=format)
+    x = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = reference(format, x, wires, layer.bias)
+    # 256 float32 products are summed in an order that depends on the rows, then rounded to dtype
+    assert ((kernel.apply(layer, x, layer.bias).float() - expected).abs() <= ulp(expected, dtype) + 1e-4).all()
+    held = kernel.decoded(layer, FORMATS[format], partitions)
+    assert all(torch.equal(part, FORMATS[format].decode(wire)) for part, wire in zip(held, wires, strict=True))
+
+
+@pytest.mark.parametrize("format", GROUPED)
+def test_a_second_load_of_a_decoded_weight_replaces_it_in_the_same_storage(format):
+    kernel, layer, _, _, _ = loaded(Decoded, [64, 7], 128, torch.bfloat16, format=format, seed=0)
+    address = layer.weight.data_ptr()
+    fresh, fresh_layer, _, codes, scale = loaded(Decoded, [64, 7], 128, torch.bfloat16, format=format, seed=1)
+    kernel.load(layer, codes, scale)
+    assert torch.equal(layer.weight, fresh_layer.weight) and layer.weight.data_ptr() == address
 
 
 def skip_where_impossible(kernel_class, dtype=torch.bfloat16):

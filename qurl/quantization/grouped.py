@@ -1,0 +1,53 @@
+"""What 4-bit formats have in common: short groups of inputs with a scale each, and products of the numbers that codes stand for.
+
+Groups are too short to sum codes first and scale afterwards, so the reference decodes both sides and multiplies in float32.
+Nothing here multiplies 4-bit codes natively."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qurl.quantization.base import QuantizationFormat, weight_matrix
+
+
+class GroupedFormat(QuantizationFormat):
+    """Groups of `block[1]` inputs, of which a weight must have a whole number."""
+
+    has_whole_blocks = True
+    keeps_activations: ClassVar[bool] = False
+    """Whether only weights are quantized."""
+
+    def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x itself and scales of 1, [..., I] and [..., 1]: what a format does that quantizes weights only."""
+        assert self.keeps_activations
+        return x, x.new_ones((*x.shape[:-1], 1), dtype=torch.float32)
+
+    def round_activations(self, x: Tensor) -> Tensor:
+        """The numbers that the activations' codes stand for; [..., I] float32."""
+        if self.keeps_activations:
+            return x.float()
+        codes, scale = self.quantize_activations(x)
+        return (self.grouped(codes) * scale[..., None]).flatten(-2)
+
+    def linear(self, x: Tensor, wire: Mapping[str, Tensor], bias: Tensor | None = None) -> Tensor:
+        """float32 sums of products of decoded numbers, + bias; [..., I] -> [..., O] in x's dtype."""
+        return self.linear_decoded(x, self.decode(wire), bias)
+
+    def linear_decoded(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """linear with a weight that was decoded before."""
+        return functional.linear(self.round_activations(x), weight, None if bias is None else bias.float()).to(x.dtype)
+
+    def grouped(self, values: Tensor) -> Tensor:
+        """[..., I] -> [..., groups, group], a view."""
+        return values.unflatten(-1, (-1, self.block[1]))
+
+    def weight_groups(self, weight: Tensor) -> Tensor:
+        """[O, groups, group] float32. Raises ValueError as encode does."""
+        matrix = weight_matrix(weight)
+        self.check_columns(matrix.shape[1])
+        return self.grouped(matrix)
