@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": "show batches, memory, placement and wire bytes of a run, without starting it",
     "eval": "avg@k, pass@k and maj@k of a model on named benchmarks, in any precision",
     "prepare": "make the data and the starting model of a recipe",
+    "ablation": "one recipe under every correction, in several formats and seeds; a page about what that shows",
     "report": "one HTML page about a run, or several side by side",
     "export": "write a Hugging Face folder from a run or model, quantized if asked",
     "bench": "measure rollout or weight sync, as ratios to full precision",

@@ -30,7 +30,8 @@ class Settings:
 
     min_numbers: int = 6  # in a problem; demonstrations start at 2
     max_numbers: int = 8
-    largest: int = 9  # each number is 1..largest, each partial result 0..99
+    largest: int = 9  # each number is 1..largest
+    largest_total: int = 99  # each partial result is 0..largest_total
     num_train: int = 8000
     num_held_out: int = 500
     num_demonstrations: int = 24000
@@ -65,11 +66,12 @@ class Chain:
 
 
 def random_chain(rng: random.Random, min_numbers: int, settings: Settings) -> Chain:
-    """A chain of min_numbers..max_numbers numbers whose partial results stay within 0..99."""
+    """A chain of min_numbers..max_numbers numbers whose partial results stay within 0..largest_total."""
     total = rng.randint(1, settings.largest)
     terms, totals = [str(total)], [total]
     for _ in range(rng.randint(min_numbers, settings.max_numbers) - 1):
-        steps = [step for step in range(-settings.largest, settings.largest + 1) if step and 0 <= total + step <= 99]
+        largest = settings.largest
+        steps = [step for step in range(-largest, largest + 1) if step and 0 <= total + step <= settings.largest_total]
         step = rng.choice(steps)
         total += step
         terms.append(f"{step:+d}")
