@@ -1,11 +1,12 @@
 # make quickstart   install, prepare, train a small model by RLVR on INT8 rollouts, write the report (about ten minutes on two cores)
+# make ablation     every correction, INT8 and MXFP4 rollouts, 3 seeds, one page (about an hour on two cores)
 # make test         unit and end-to-end tests;  make check: lint, types, layers, unit tests
 
 SHELL := /bin/bash
 QURL := .venv/bin/qurl
 PYTHON := .venv/bin/python
 
-.PHONY: help setup quickstart test unit e2e lint check lock bench clean
+.PHONY: help setup quickstart ablation test unit e2e lint check lock bench clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -18,6 +19,10 @@ quickstart: setup
 	$(QURL) prepare quickstart
 	$(QURL) train recipe=quickstart
 	$(QURL) report runs/quickstart
+
+ablation: setup
+	$(QURL) prepare ablation
+	$(QURL) ablation recipe=ablation --jobs 2
 
 test: unit e2e
 

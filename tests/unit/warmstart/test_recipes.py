@@ -36,7 +36,7 @@ def problems(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "gsm8k", "gsm8k_calc"])
+@pytest.mark.parametrize("name", ["quickstart", "gsm8k", "gsm8k_calc", "ablation"])
 def test_a_recipe_composes_and_prepares_the_paths_it_reads(name, capsys):
     config = compose([f"recipe={name}"])
     assert config.run_name == name and config.quantization.format == "int8"
@@ -57,6 +57,14 @@ def test_chains_and_each_step_of_their_demonstrations_are_right(quickstart):
         assert answer == chain.answer and work.split("=")[-1] == answer
         sides = work.split("=")
         assert [eval(side) for side in sides[:-1]] == [int(re.match(r"\d+", side)[0]) for side in sides[1:]]
+
+
+def test_chains_of_the_ablation_have_partial_results_of_one_digit(quickstart):
+    settings = quickstart.Settings(**recipe("ablation").SETTINGS)
+    rng = random.Random(0)
+    chains = [quickstart.random_chain(rng, 2, settings) for _ in range(300)]
+    assert {total for chain in chains for total in chain.totals} == set(range(10))
+    assert all(eval(chain.problem) == int(chain.answer) for chain in chains)
 
 
 def test_quickstart_writes_disjoint_problems_and_a_model_and_does_not_repeat_itself(quickstart, tmp_path, capsys):
