@@ -10,12 +10,12 @@ from qurl.algorithms.aggregation import token_weights
 from qurl.algorithms.corrections import CORRECTIONS, Correction, CorrectionInputs
 from qurl.algorithms.gae import gae
 from qurl.algorithms.kl import kl_penalty
-from qurl.algorithms.mismatch import mismatch_metrics
+from qurl.algorithms.mismatch import mismatch_metrics, mismatch_parts
 from qurl.algorithms.policy_losses import POLICY_LOSSES, LossOutput, PolicyLossInputs, ppo_clip
 from qurl.algorithms.sequences import sequence_means, sequence_sums
 
 __all__ = [
     "ADVANTAGES", "CORRECTIONS", "POLICY_LOSSES", "Correction", "CorrectionInputs", "LossOutput", "PolicyLossInputs",
-    "RewardedGroup", "gae", "grpo", "kl_penalty", "mismatch_metrics", "ppo_clip", "sequence_means", "sequence_sums",
-    "token_weights",
+    "RewardedGroup", "gae", "grpo", "kl_penalty", "mismatch_metrics", "mismatch_parts", "ppo_clip", "sequence_means",
+    "sequence_sums", "token_weights",
 ]

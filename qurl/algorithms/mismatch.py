@@ -1,4 +1,4 @@
-"""How far the quantized policy that sampled is from the full-precision policy of the same weight version."""
+"""How far the quantized policy that sampled is from the full-precision policy of the same weight version, and why."""
 
 from __future__ import annotations
 
@@ -33,3 +33,42 @@ def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
         "mismatch/ratio_max": Max(ratio_max),
         "mismatch/ess_fraction": EffectiveSampleSize.of(weight.value, squared_weight.value, weight.weight),
     }
+
+
+def mismatch_parts(
+    old_logprobs: Tensor, quantized_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, is_stale: Tensor
+) -> dict[str, Metric]:
+    """The gap between pi_rollout and pi_old in parts, by way of pi_q: the learner's forward at the weights of pi_old, but with the
+    codes that were published and the format's rule for activations in every quantized layer.
+
+    Logprobs [B, L] in nats, of the sampled tokens. mask [B, L] bool, trained tokens. is_stale [B, L] bool: of a sample that older
+    weights than those of pi_old had a part in. Per token
+
+        log pi_rollout - log pi_old = (log pi_q - log pi_old) + (log pi_rollout - log pi_q)
+
+    The first term is quantization. The second is, in a fresh sample, what else the engine does otherwise: kernels, order of sums,
+    dtype of what is not quantized. In a stale sample it also holds what the updates since then changed. Means of these terms, the
+    `_log_ratio`s, are k1 estimates (tokens are samples of pi_rollout), may be negative, and add up:
+
+        mean(log pi_rollout - log pi_old) = quantization + (fresh tokens / all) engine + (stale tokens / all) staleness
+
+    The `_kl`s are k3 estimates as mismatch/kl_rollout_old is: less variance, none negative. engine_kl and staleness_kl have the
+    mean KL(rollout || q). quantization_kl has that of rho - 1 - log rho, rho = pi_old / pi_q, over pi_rollout instead of pi_q,
+    which to second order is KL(q || old). They do not add up: that would take terms that do not correlate. Where an engine computes
+    in bfloat16 they do: its rounding moves activations to other codes than the learner's, the two errors of quantization are then
+    nearly independent draws, and engine_kl is about as large as quantization_kl. Engine and learner both in float32 leave
+    engine_kl near 0.
+
+    A part without tokens is left out. Log ratios are clamped to +-20; everything joins exactly over micro-batches and ranks."""
+    old, quantized, rollout = (logprobs.detach() for logprobs in (old_logprobs, quantized_logprobs, rollout_logprobs))
+    log_rho = clamped_log_ratio(old, quantized, mask)
+    metrics: dict[str, Metric] = {"mismatch/quantization_ratio_max": Max(log_rho.exp().masked_fill(~mask, 0.0).max().item())}
+    terms = {"quantization": (old, quantized, mask), "engine": (quantized, rollout, mask & ~is_stale),
+             "staleness": (quantized, rollout, mask & is_stale)}  # fmt: skip
+    for name, (target, source, tokens) in terms.items():
+        if tokens.any():
+            log_ratio = clamped_log_ratio(target, source, tokens)
+            metrics |= token_means(tokens, {
+                f"mismatch/{name}_kl": log_ratio.expm1() - log_ratio, f"mismatch/{name}_log_ratio": -log_ratio,
+            })  # fmt: skip
+    return metrics

@@ -16,6 +16,7 @@ from qurl.config.algorithm import (
 from qurl.config.data import DataConfig, DatasetConfig, OverlongPrompts
 from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig
+from qurl.config.probe import ProbeConfig
 from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, Mxfp4Config, QuantizationConfig, UpdateAwareness
 from qurl.config.reward import RewardConfig
 from qurl.config.rollout import RolloutConfig, StageConfig
@@ -26,6 +27,6 @@ __all__ = [
     "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig", "DataConfig",
     "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config",
     "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "Mxfp4Config",
-    "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig",
-    "StageConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+    "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "ProbeConfig", "QuantizationConfig", "Rejection", "RewardConfig",
+    "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
 ]

@@ -9,6 +9,7 @@ from qurl.config.algorithm import AlgorithmConfig
 from qurl.config.data import DataConfig
 from qurl.config.learner import LearnerConfig
 from qurl.config.model import ModelConfig
+from qurl.config.probe import ProbeConfig
 from qurl.config.quantization import QuantizationConfig
 from qurl.config.reward import RewardConfig
 from qurl.config.rollout import RolloutConfig, StageConfig
@@ -91,6 +92,7 @@ class TrainConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

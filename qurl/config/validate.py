@@ -19,6 +19,7 @@ from qurl.config.algorithm import (
 )
 from qurl.config.data import DataConfig
 from qurl.config.learner import LearnerConfig
+from qurl.config.probe import ProbeConfig
 from qurl.config.quantization import QuantizationConfig, UpdateAwareness
 from qurl.config.reward import RewardConfig
 from qurl.config.rollout import RolloutConfig
@@ -55,6 +56,7 @@ def validate(config: TrainConfig) -> None:
     _learner(config.learner)
     _sync(config.sync)
     _reward(config.reward)
+    _probe(config.probe)
     _evaluation(config.evaluation)
     _periphery(config.checkpoint, config.cluster, config.logging)
     _batch(config)
@@ -214,6 +216,11 @@ def _reward(config: RewardConfig) -> None:
     _positive("reward.", config, "timeout_s")
     fraction = config.max_error_fraction
     _require(0 <= fraction <= 1, "reward.max_error_fraction", fraction, "a number in [0, 1]")
+
+
+def _probe(config: ProbeConfig) -> None:
+    _at_least(0, "probe.", config, "every_steps")
+    _at_least(1, "probe.", config, "num_samples")
 
 
 def _evaluation(config: EvaluationConfig) -> None:

@@ -118,9 +118,14 @@ class LearnerGroup:
         results = await self._gather([
             handle.call.remote("train_step", share, self._failure_dir) for handle, share in zip(self._ranks, shares, strict=True)
         ])
-        reduced = reduce_metrics(report for result in results for report in result.reports)
-        timings = {key: max(result.timings[key] for result in results) for key in results[0].timings}
-        return {key: Last(value) for key, value in reduced.items()}, timings
+        return _joined(results)
+
+    async def probe(self, samples: Sequence[TrainingSample], version: int) -> tuple[dict[str, Metric], dict[str, float]]:
+        """Why the policy that sampled differs from the current one, `version`; returns as train_step does. See Learner."""
+        shares = split_for_ranks(samples, 1, len(self._ranks))
+        return _joined(await self._gather([
+            handle.call.remote("probe", share[0], version) for handle, share in zip(self._ranks, shares, strict=True)
+        ]))
 
     async def send_weights(self, version: int, engines: Sequence[EngineHandle], full: bool = False) -> SendReport:
         """Stream all weights to the engines as `version`; full: whole tensors only. Raises SyncError, LearnerDied."""
@@ -164,6 +169,13 @@ class LearnerGroup:
         finally:
             for task in tasks:  # those of a group that failed, or whose caller gave up
                 task.cancel()
+
+
+def _joined(results: Sequence[Any]) -> tuple[dict[str, Metric], dict[str, float]]:
+    """The StepResults of all ranks as one."""
+    reduced = reduce_metrics(report for result in results for report in result.reports)
+    timings = {key: max(result.timings[key] for result in results) for key in results[0].timings}
+    return {key: Last(value) for key, value in reduced.items()}, timings
 
 
 async def _result(reference: Any) -> Any:

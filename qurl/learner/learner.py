@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, distributed, nn
 
-from qurl.algorithms import token_weights
+from qurl.algorithms import mismatch_parts, token_weights
 from qurl.config import AlgorithmConfig, KLPlacement, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig, UpdateAwareness
 from qurl.errors import NonFiniteLoss
 from qurl.learner.engine import apply_gradients, initialize, initialize_frozen, join_process_group
@@ -26,6 +26,7 @@ from qurl.learner.huggingface import copy_tokenizer, load_model
 from qurl.learner.objective import Objective
 from qurl.learner.packing import empty_micro_batch, pack, padding_fraction, spread
 from qurl.learner.policy import Policy
+from qurl.learner.probe import quantized_arithmetic
 from qurl.learner.random_state import random_states, restore_random_states, seed_everything
 from qurl.learner.reward_penalty import charge_kl
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
@@ -132,6 +133,21 @@ class Learner:
         })
         timings = {"time/logprob_s": logprobs_done - start, "time/update_s": time.perf_counter() - logprobs_done}
         return StepResult(reports=reports, timings=timings)
+
+    def probe(self, samples: list[TrainingSample], version: int) -> StepResult:
+        """Why the policy that sampled differs from the current one (qurl.algorithms.mismatch_parts); no weight changes.
+
+        samples: this rank's share, may be empty. version: of the current weights, as sent last."""
+        start = time.perf_counter()
+        [step] = self._plan([samples])
+        reports: list[dict[str, Metric]] = []
+        for batch in step.batches:
+            old = self._logprobs(self._engine, batch)
+            with quantized_arithmetic(self.model, self._sender):
+                quantized = self._logprobs(self._engine, batch)
+            is_stale = spread([float(sample.weight_version < version) for sample in samples], batch) > 0
+            reports.append(mismatch_parts(old, quantized, batch.rollout_logprobs, batch.loss_mask, is_stale))
+        return StepResult(reports=reports, timings={"time/probe_s": time.perf_counter() - start})
 
     def _plan(self, mini_batches: Sequence[list[TrainingSample]]) -> list[_MiniBatch]:
         """Pack, agree with the other ranks on the number of micro-batches, and weigh sequences over all ranks."""

@@ -19,8 +19,8 @@ SHOWN = {  # what the console shows of METRICS
     "codes changed": "sync/changed_code_fraction", "step s": "time/step_s",
 }
 STAGE_COLORS = {
-    "rollout": "blue", "reward": "cyan", "logprob": "magenta", "update": "green", "sync": "yellow", "eval": "white",
-    "checkpoint": "red", "idle": "bright_black",
+    "rollout": "blue", "reward": "cyan", "probe": "bright_magenta", "logprob": "magenta", "update": "green", "sync": "yellow",
+    "eval": "white", "checkpoint": "red", "idle": "bright_black",
 }
 BAR_WIDTH = 60
 

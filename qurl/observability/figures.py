@@ -16,8 +16,8 @@ from qurl.observability.timeline import STAGES
 
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666", "#000000")  # Okabe-Ito, no yellow
 STAGE_COLORS = {
-    "rollout": "#0072b2", "reward": "#56b4e9", "logprob": "#cc79a7", "update": "#009e73", "sync": "#e69f00", "eval": "#f0e442",
-    "checkpoint": "#d55e00", "idle": "#bbbbbb",
+    "rollout": "#0072b2", "reward": "#56b4e9", "probe": "#888888", "logprob": "#cc79a7", "update": "#009e73", "sync": "#e69f00",
+    "eval": "#f0e442", "checkpoint": "#d55e00", "idle": "#bbbbbb",
 }
 LINE_STYLES = ("-", "--", ":", "-.")
 SYNC_PARTS = {"encode": "#009e73", "transfer": "#e69f00", "install": "#0072b2"}

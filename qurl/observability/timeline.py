@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STAGES = ("rollout", "reward", "logprob", "update", "sync", "eval", "checkpoint")
+STAGES = ("rollout", "reward", "probe", "logprob", "update", "sync", "eval", "checkpoint")
 END = "\n]\n"
 
 

@@ -91,7 +91,7 @@ class WeightSender:
         assert 0 <= rank < world_size
         self._config = config
         self._format = quantization_format
-        self._targets = targets if quantization_format.name != UNQUANTIZED else frozenset()
+        self.targets = targets if quantization_format.name != UNQUANTIZED else frozenset()
         self._wire_dtype = wire_dtype
         self._rank = rank
         self._rounding_seed = rounding_seed
@@ -139,9 +139,13 @@ class WeightSender:
 
     def decoded(self, module: str, weight: Tensor) -> Tensor:
         """What an engine holds of a module's weight once it was sent, decoded; float32 on the CPU."""
-        if module in self._targets:
+        if module in self.targets:
             return self._format.decode(self._codes(module, weight.detach().float())).float().cpu()
         return weight.detach().to(self._wire_dtype).float().cpu()
+
+    def linear(self, module: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What an engine computes in a module of `targets` once its weight was sent; [..., O] in x's dtype."""
+        return self._format.linear(x, self._codes(module, weight.detach().float()), bias)
 
     # ---- encoding ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class WeightSender:
     def _encode(self, name: str, tensor: Tensor, measure: bool, progress: _Progress) -> dict[str, Tensor]:
         """Wire tensors by full name. measure: look at this weight's error again."""
         module, _, parameter = name.rpartition(".")
-        if parameter != "weight" or module not in self._targets:
+        if parameter != "weight" or module not in self.targets:
             return {name: tensor.detach().to(self._wire_dtype) if tensor.is_floating_point() else tensor.detach()}
         weight = tensor.detach().float()
         wire = self._codes(module, weight)

@@ -38,6 +38,12 @@ def training_samples(groups: Sequence[ScoredGroup], config: AlgorithmConfig, max
     ]
 
 
+def spread_out(samples: Sequence[TrainingSample], count: int) -> list[TrainingSample]:
+    """`count` of the samples, or all, evenly spaced."""
+    count = min(count, len(samples))
+    return [samples[i * len(samples) // count] for i in range(count)]
+
+
 def overlong_penalty(length: int, max_response_tokens: int, config: OverlongConfig) -> float:
     """Soft overlong punishment of a response of `length` tokens, in [-config.penalty, 0].
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from qurl.observability.metrics import Last, Max, Mean, Metric, Sum, reduce_metr
 from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
 from qurl.rollout.pool import RolloutPool
-from qurl.trainer.batch import check_reward_errors, overlong_metrics, rollout_metrics, training_samples
+from qurl.trainer.batch import check_reward_errors, overlong_metrics, rollout_metrics, spread_out, training_samples
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.interrupt import Interrupted, or_interrupt
 from qurl.trainer.producer import Batch, Producer
@@ -109,10 +109,19 @@ class TrainingLoop:
             raise GuardStop(f"iteration {step} has nothing to train: every response is empty, without a reward or cut at "
                             f"rollout.max_response_tokens={limit} (algorithm.overlong.filter); raise it, or check the "
                             "prompts and the reward function")  # fmt: skip
-        start = time.monotonic()
-        metrics, timings = await self.learner.train_step(samples)
-        self.timeline.add(start, timings, total=time.monotonic() - start)
+        probe = self.config.probe
+        metrics = {}
+        if probe.every_steps and step % probe.every_steps == 0:
+            metrics = await self._timed(self.learner.probe(spread_out(samples, probe.num_samples), version=step))
+        metrics |= await self._timed(self.learner.train_step(samples))
         return metrics | overlong_metrics(groups, self.config.algorithm.overlong, limit)
+
+    async def _timed(self, work: Awaitable[tuple[dict[str, Metric], dict[str, float]]]) -> dict[str, Metric]:
+        """Metrics of a call of the learner's, whose seconds are accounted."""
+        start = time.monotonic()
+        metrics, timings = await work
+        self.timeline.add(start, timings, total=time.monotonic() - start)
+        return metrics
 
     async def _publish(self, version: int) -> dict[str, Metric]:
         self.log.stage("sync")

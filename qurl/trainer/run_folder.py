@@ -13,7 +13,7 @@ from qurl.config import TrainConfig
 from qurl.config.plain import flat, resolved
 from qurl.errors import ConfigError
 
-FREE_KEYS = frozenset({"num_steps", "run_name", "output_dir", "logging", "evaluation", "checkpoint", "cluster"})
+FREE_KEYS = frozenset({"num_steps", "run_name", "output_dir", "logging", "probe", "evaluation", "checkpoint", "cluster"})
 """What may differ between the command that started a run and the one that resumes it: nothing of it changes what is learned."""
 
 

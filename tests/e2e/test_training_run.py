@@ -37,7 +37,7 @@ def test_a_run_logs_every_iteration_and_learns_from_informative_groups(unbroken)
     assert all(row["rollout/staleness_max"] == 0 for row in unbroken)
     assert all(0 < row["mismatch/kl_rollout_old"] < 0.1 for row in unbroken)  # INT8 against float32 of the same weights
     assert unbroken[-1]["sync/changed_code_fraction"] > 0
-    parts = ("rollout", "reward", "logprob", "update", "sync", "eval", "checkpoint", "idle")
+    parts = ("rollout", "reward", "probe", "logprob", "update", "sync", "eval", "checkpoint", "idle")
     for row in unbroken:
         assert sum(row[f"time/{part}_s"] for part in parts) == pytest.approx(row["time/step_s"], abs=1e-6)
 

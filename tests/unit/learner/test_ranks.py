@@ -2,6 +2,7 @@
 
 The two ranks run all cases in one go and leave what they found in files, since starting them is what takes long."""
 
+import dataclasses
 import gc
 import os
 import socket
@@ -10,7 +11,7 @@ import pytest
 import torch
 from learner_cases import EVERYTHING, build_learner, build_samples, captured_gradients, weights_of
 
-from qurl.config import Aggregation, AlgorithmConfig, KLConfig, LearnerDtype, PolicyLossConfig
+from qurl.config import Aggregation, AlgorithmConfig, KLConfig, LearnerDtype, PolicyLossConfig, QuantizationConfig
 from qurl.errors import NonFiniteLoss
 from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import reduce_metrics
@@ -21,6 +22,15 @@ ALGORITHM = AlgorithmConfig(
 )
 SETTINGS = {"algorithm": ALGORITHM, "max_tokens_per_micro_batch": 32, "adam_epsilon": 1e-3}
 CASES = [*((stage, LearnerDtype.float32) for stage in range(4)), (0, LearnerDtype.bfloat16), (3, LearnerDtype.bfloat16)]
+
+
+INT8 = QuantizationConfig(format="int8")
+
+
+def probed_share(rank, num_ranks=2):
+    """One rank's of a few samples of two weight versions."""
+    samples = [dataclasses.replace(sample, weight_version=i % 2) for i, sample in enumerate(SAMPLES[:5])]
+    return split_for_ranks(samples, 1, num_ranks)[rank][0]
 
 
 def train(learner, rank, num_ranks):
@@ -58,6 +68,7 @@ def run_rank(rank, port, model_folder, folder):
     resumed = build(zero_stage=3)
     resumed.load_checkpoint(folder / "checkpoint")
     resumed.train_step(split_for_ranks(SAMPLES, 2, 2)[rank])
+    found["probe"] = [build(zero_stage=stage, quantization=INT8).probe(probed_share(rank), 1).reports for stage in (0, 3)]
     found["resumed"], found["unbroken"] = weights_of(resumed), weights_of(learner)
     learner.export_hf(folder / "exported")
     if rank == 0:
@@ -148,6 +159,15 @@ def test_metrics_of_ranks_join_to_those_of_a_single_rank(one_rank, two_ranks, st
         joined = reduce_metrics(report for rank in per_rank for report in rank[iteration])
         del expected["policy/padding_fraction"], joined["policy/padding_fraction"]
         assert joined == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_probe_over_two_ranks_finds_what_one_rank_finds(model_folder, two_ranks):
+    learner = build_learner(model_folder, **SETTINGS, quantization=INT8)
+    expected = reduce_metrics(learner.probe(probed_share(0, num_ranks=1), 1).reports)
+    assert {"mismatch/engine_kl", "mismatch/staleness_kl"} < expected.keys()
+    for of_stage in zip(*(found["probe"] for found in two_ranks[1]), strict=True):
+        joined = reduce_metrics(report for reports in of_stage for report in reports)
+        assert joined == pytest.approx(expected, rel=1e-3)  # other packings, float32 sums in another order
 
 
 def test_two_zero3_ranks_resume_bit_for_bit_and_export(two_ranks):

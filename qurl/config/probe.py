@@ -1,0 +1,13 @@
+"""The probe that says where the mismatch comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class ProbeConfig:
+    """Two more forwards of the learner over a few samples: mismatch/quantization_kl, engine_kl and staleness_kl."""
+
+    every_steps: int = 0  # 0: never
+    num_samples: int = 16  # of the iteration's; quantized arithmetic is exact rather than fast, on a GPU too
