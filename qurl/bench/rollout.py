@@ -109,7 +109,7 @@ def _measure_in_child(job: dict[str, object], num_threads: int, progress: Progre
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="qurl-bench-") as folder:
-        command = [sys.executable, "-m", "qurl.bench.rollout_child", folder, json.dumps(job)]
+        command = [sys.executable, "-m", "qurl.bench.rollout_child", str(os.getpid()), folder, json.dumps(job)]
         log, result = Path(folder) / "stderr.txt", Path(folder) / "seconds.json"
         with log.open("w") as stderr:
             child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)

@@ -1,4 +1,5 @@
-"""The measuring process of qurl.bench.rollout: FOLDER JOB, where JOB is JSON; writes seconds.json into the folder."""
+"""The measuring process of qurl.bench.rollout: PARENT FOLDER JOB, where PARENT is the pid it dies with and JOB is JSON; writes
+seconds.json into the folder. vLLM is imported only after the process is bound to its parent: that takes ten seconds."""
 
 from __future__ import annotations
 
@@ -7,14 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm import EngineArgs, LLMEngine, SamplingParams
-from vllm.sampling_params import RequestOutputKind
+from qurl.processes import die_with_parent
 
-from qurl.bench.rollout import PROGRESS, STOCK
-from qurl.bench.rollout_shapes import write_models
-from qurl.vllm_plugin import engine_args
+if TYPE_CHECKING:
+    from vllm import LLMEngine
 
 PROMPT_TOKENS = 8
 WARM_UP_STEPS = 4
@@ -23,8 +22,13 @@ KV_CACHE_BYTES = 1 << 29
 
 def main(folder: Path, job: dict[str, Any]) -> None:
     """Measure every batch size and write, for each, format -> seconds of each round."""
+    from qurl.bench.rollout import PROGRESS, STOCK
+    from qurl.bench.rollout_shapes import write_models
+
     paths = write_models(job["shape"], job["formats"], STOCK, folder)
-    engines = {name: build_engine(name, path, job["enforce_eager"]) for name, path in paths.items()}
+    engines = {
+        name: build_engine(path, None if name.startswith(STOCK) else name, job["enforce_eager"]) for name, path in paths.items()
+    }
     seconds: list[dict[str, list[float]]] = []
     total = job["num_rounds"] * len(job["batch_sizes"])
 
@@ -36,9 +40,13 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     (folder / "seconds.json").write_text(json.dumps(seconds))
 
 
-def build_engine(name: str, path: Path, enforce_eager: bool) -> LLMEngine:
-    """An in-process engine with the arguments of a rollout worker."""
-    plugin = {} if name.startswith(STOCK) else engine_args(name)
+def build_engine(path: Path, format_name: str | None, enforce_eager: bool) -> LLMEngine:
+    """An in-process engine with the arguments of a rollout worker. format_name: of qurl; None for what the checkpoint says."""
+    from vllm import EngineArgs, LLMEngine
+
+    from qurl.vllm_plugin import engine_args
+
+    plugin = {} if format_name is None else engine_args(format_name)
     arguments = EngineArgs(
         model=str(path), dtype="bfloat16", skip_tokenizer_init=True, generation_config="vllm", logprobs_mode="processed_logprobs",
         enforce_eager=enforce_eager, max_model_len=2048, kv_cache_memory_bytes=KV_CACHE_BYTES, enable_prefix_caching=False,
@@ -71,6 +79,9 @@ def measure(
 
 def start_requests(engine: LLMEngine, batch_size: int, num_steps: int) -> list[str]:
     """Fill the batch and decode until every request is past its prompt."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     names = [f"{batch_size}-{index}" for index in range(batch_size)]
     for index, name in enumerate(names):
         sampling = SamplingParams(
@@ -84,4 +95,5 @@ def start_requests(engine: LLMEngine, batch_size: int, num_steps: int) -> list[s
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    die_with_parent(int(sys.argv[1]))
+    main(Path(sys.argv[2]), json.loads(sys.argv[3]))

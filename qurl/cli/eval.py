@@ -12,13 +12,15 @@ from qurl.errors import ConfigError
 
 LOG_WIDTH = 200  # of the table where standard output is no terminal
 
+NUM_LOG_LINES = 20  # of progress, at least, where standard error is no terminal
+
 EPILOG = """Benchmarks: {benchmarks}.
 Columns of the table: value [95 % interval], in percent, from a bootstrap over problems. avg@k and maj@k are over all samples.
 The same command goes on where an earlier one was killed; results.json and problems.jsonl lie in the folder --out.
 
 Examples:
   qurl eval runs/quickstart --benchmarks gsm8k --data gsm8k=outputs/quickstart/held_out.jsonl --prompt {{problem}}=
-  qurl eval Qwen/Qwen2.5-Math-7B --benchmarks aime24 math500 --samples 32 --temperature 0.6 --top-p 0.95 --k 1 8 32 --format int8
+  qurl eval Qwen/Qwen2.5-Math-7B --benchmarks aime24 math500 --samples 32 --temperature 0.6 --max-tokens 3072 --format int8
   qurl eval models/r1 --benchmarks amc23 --data amc23=amc.json --reward deepscaler --max-tokens 32768"""
 
 
@@ -59,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
 
     options = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if getattr(args, f.name) is not None}
     for name in {"data", "engine_args"} & options.keys():
-        options[name] = dict(_pair(text, name) for text in options[name])
+        options[name] = _pairs(options[name], {"data": "--data NAME=FILE", "engine_args": "--engine-arg NAME=VALUE"}[name])
     if "engine_args" in options:
         options["engine_args"] = {name: _value(text) for name, text in options["engine_args"].items()}
     config = EvalConfig(**options)
@@ -76,11 +78,15 @@ def _evaluate(config: Any) -> int:
 
     bar = Progress(
         TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
+        console=Console(stderr=True),
     )  # fmt: skip
     task = bar.add_task("problems")
 
     def progress(done: int, total: int) -> None:
+        if not bar.console.is_terminal:  # where a bar would appear at its end only
+            if done % max(1, total // NUM_LOG_LINES) == 0 or done == total:
+                print(f"problems {done}/{total}", file=sys.stderr, flush=True)
+            return
         bar.start()  # only now: what is refused before is one line of its own
         bar.update(task, completed=done, total=total)
 
@@ -106,12 +112,17 @@ def _print(rows: list[list[str]]) -> None:
     (console if console.is_terminal else Console(width=LOG_WIDTH)).print(table)
 
 
-def _pair(text: str, option: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        shown = {"data": "--data NAME=FILE", "engine_args": "--engine-arg NAME=VALUE"}[option]
-        raise ConfigError(f"cannot read {text!r}; write {shown}")
-    return name, value
+def _pairs(texts: list[str], usage: str) -> dict[str, str]:
+    """usage: "--data NAME=FILE", for errors."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ConfigError(f"cannot read {text!r}; write {usage}")
+        if name in pairs:
+            raise ConfigError(f"{usage.split()[0]} {name} is given twice, as {pairs[name]} and as {value}")
+        pairs[name] = value
+    return pairs
 
 
 def _value(text: str) -> Any:

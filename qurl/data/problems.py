@@ -53,7 +53,7 @@ def _problem(index: int, place: str, row: Any, config: DatasetConfig, key: str) 
     where = f"{config.path} {place}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{key}.path: {where} is a {type(row).__name__}, not an object with columns")
-    if _is_verl(row):
+    if is_verl(row):
         prompt, answer, used = row["prompt"], row["reward_model"]["ground_truth"], {"prompt", "reward_model"}
     else:
         prompt, answer = (
@@ -76,7 +76,8 @@ def _problem(index: int, place: str, row: Any, config: DatasetConfig, key: str) 
     )  # fmt: skip
 
 
-def _is_verl(row: Mapping[str, Any]) -> bool:
+def is_verl(row: Mapping[str, Any]) -> bool:
+    """Whether a row has verl's layout."""
     reward_model = row.get("reward_model")
     return isinstance(row.get("prompt"), list) and isinstance(reward_model, Mapping) and "ground_truth" in reward_model
 
@@ -100,11 +101,11 @@ def _answer(answer: Any, where: str) -> str:
     """The ground truth as text; "" where there is none. A list, whose elements are alternatives, becomes "['2', '3']"."""
     if answer is None or (isinstance(answer, float) and math.isnan(answer)):
         return ""
-    if isinstance(answer, list):
+    if isinstance(answer, list) and not any(isinstance(element, list) for element in answer):
         alternatives = [_answer(element, where) for element in answer]
         return str(alternatives) if all(alternatives) and alternatives else ""
-    if not isinstance(answer, str | int | float):
-        raise ValueError(f"{where}: the answer is a {type(answer).__name__}; use text, a number or a list of them")
+    if not isinstance(answer, str | int | float) or (isinstance(answer, float) and math.isinf(answer)):
+        raise ValueError(f"{where}: the answer is {str(answer)[:80]}; use text, a finite number or a list of them")
     text = str(answer)
     return text if text.strip() else ""
 

@@ -27,11 +27,12 @@ def read_rows(config: DatasetConfig, key: str) -> Rows:
     path = Path(config.path).expanduser()
     if not _is_file_name(config.path, path):
         return _read_hub(config, label)
+    if path.is_dir():
+        raise ValueError(f"{label}: it is a folder; name a file in it")
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{label}: suffix {path.suffix!r} is not supported; use {', '.join(READERS)}")
     if not path.is_file():
-        found = "it is a folder; name a file in it" if path.is_dir() else f"no such file (the current folder is {Path.cwd()})"
-        raise ValueError(f"{label}: {found}")
+        raise ValueError(f"{label}: no such file (the current folder is {Path.cwd()})")
     return READERS[path.suffix.lower()](path, label)
 
 
@@ -44,7 +45,8 @@ def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}): {text[:80]!r}") from error
+        hint = "; a list of rows over several lines belongs in a .json file" if text.strip() == "[" else ""
+        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}): {text[:80]!r}{hint}") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting beyond the interpreter's stack
         raise ValueError(f"{place}: not usable JSON ({error})") from error
 

@@ -65,7 +65,10 @@ def load_problems(name: str, local_path: str | None, max_problems: int | None) -
     if local_path is not None:
         key = f"--data {name}"
         dataset = replace(dataset, path=local_path, name=None, split="train")
-    place, row = next(read_rows(dataset, key), ("", None))
+    try:
+        place, row = next(read_rows(dataset, key), ("", None))
+    except ValueError as error:
+        raise error if local_path else ConfigError(f"{error}; or give a file: --data {name}=FILE") from error
     if row is None:
         raise ConfigError(f"{key}: {dataset.path} holds no rows")
     prompt_key, answer_key = _layout(row, f"{key}: {dataset.path} {place}")
@@ -74,12 +77,14 @@ def load_problems(name: str, local_path: str | None, max_problems: int | None) -
 
 def _layout(row: Any, where: str) -> tuple[str, str]:
     """Columns of the problem and its answer. ConfigError where a row has neither layout nor verl's."""
+    from qurl.data.problems import is_verl
+
     if isinstance(row, Mapping):
-        if isinstance(row.get("prompt"), list) and "reward_model" in row:
-            return LAYOUTS[0]  # verl's, whose columns load_rows knows
+        if is_verl(row):
+            return LAYOUTS[0]  # load_rows knows verl's columns
         for columns in LAYOUTS:
             if all(column in row for column in columns):
                 return columns
     found = f"has the columns {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"is a {type(row).__name__}"
-    known = " or ".join(" and ".join(columns) for columns in LAYOUTS[:3])
-    raise ConfigError(f"{where} {found}, which is no benchmark; rename the columns of problem and answer to {known}")
+    known = ", or ".join(" and ".join(columns) for columns in LAYOUTS[:3])
+    raise ConfigError(f"{where} {found}; a row of a benchmark has the columns {known}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from qurl.config.validate import MAX_SEED
 from qurl.errors import ConfigError
 from qurl.evaluation.benchmarks import BENCHMARKS, PROMPTS
 
@@ -63,7 +64,12 @@ def validate(config: EvalConfig) -> None:
         f"--samples {config.samples} with --temperature 0 gives equal samples; use --temperature 0.6 or --samples 1",
     )
     for k in config.k:
-        _require(1 <= k <= config.samples, f"--k {k}: pass@{k} cannot be had from --samples {config.samples}; use at most that")
+        _require(k >= 1, f"--k {k} cannot be had; use at least 1")
+        _require(k <= config.samples, f"--k {k}: pass@{k} cannot be had from --samples {config.samples}; use --samples {k} or more")
+    _require(0 <= config.seed <= MAX_SEED, f"--seed {config.seed} is no seed; use a number from 0 to {MAX_SEED}")
+    _require(
+        config.format != "none" or not config.ignore, "--ignore with --format none changes nothing; leave it out or choose a format"
+    )
     prompt = config.prompt
     _require(
         prompt is None or prompt in PROMPTS or "{problem}" in prompt,

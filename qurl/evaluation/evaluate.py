@@ -22,12 +22,14 @@ from qurl.evaluation.journal import Journal
 from qurl.evaluation.problems import fingerprint, is_run, load_prompts, parts_config, reward_config
 from qurl.evaluation.record import record_of
 from qurl.evaluation.summary import summarize
+from qurl.evaluation.wording import in_options
 from qurl.learner.huggingface import check_weight_files
+from qurl.plan.model_facts import read_model_facts
+from qurl.plan.preflight import check_engine_args, check_model
 from qurl.plug import resolve
 from qurl.quantization import FORMATS
 from qurl.rewards import REWARDS, VOTES, RewardPool, check_reward_function
 from qurl.rollout.request import Sampling
-from qurl.rollout.vllm_engine import CONTROLLED_ARGS
 from qurl.trainer.export import export_run, latest_checkpoint
 from qurl.trainer.run import check_vocabulary, load_tokenizer, stop_token_ids
 from qurl.types import Prompt
@@ -42,23 +44,8 @@ def run_evaluation(config: EvalConfig, progress: Progress) -> tuple[dict[str, An
 
     Raises ConfigError or ValueError for what the user must change, before Ray or vLLM start."""
     validate(config)
-    if config.format not in FORMATS:
-        raise ConfigError(f"--format {config.format} is unknown; use one of {', '.join(FORMATS)}")
-    for name in sorted(CONTROLLED_ARGS & set(config.engine_args)):
-        raise ConfigError(f"--engine-arg {name} is set by qurl itself; remove it")
-    for name in config.benchmarks:
-        resolve(REWARDS, reward_config(config, name).function, "--reward")
-    parts = parts_config(config)
-    checkpoint = latest_checkpoint(Path(config.model).expanduser()).name if is_run(config.model) else None
-    if checkpoint is None:
-        check_weight_files(parts.model)
-    tokenizer = load_tokenizer(parts)
-    prompts = load_prompts(config, tokenizer)
-    stop_ids = stop_token_ids(parts, tokenizer)
-    check_vocabulary(parts, [stop_ids, *(prompt.token_ids for prompt in chain.from_iterable(prompts.values()))])
-    for name, items in prompts.items():
-        check_reward_function(reward_config(config, name), items[0])
-    place_engines(config, len(hardware.gpus()), hardware.num_cores())
+    with in_options():
+        parts, checkpoint, tokenizer, prompts, stop_ids = _checked(config)
     with Journal(output_folder(config), saved_config(config, checkpoint, prompts)) as journal:
         missing = {n: [p for p in items if (n, p.prompt_id) not in journal.done] for n, items in prompts.items()}
         total = sum(map(len, prompts.values()))
@@ -77,6 +64,34 @@ def run_evaluation(config: EvalConfig, progress: Progress) -> tuple[dict[str, An
             for name, items in prompts.items()
         }
         return results, journal.write_results(results)
+
+
+def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str, list[Prompt]], list[int]]:
+    """Parts, name of the checkpoint (of a run folder), tokenizer, prompts by benchmark and stop tokens; what is cheap is refused
+    first, with ValueError."""
+    if config.format not in FORMATS:
+        raise ConfigError(f"--format {config.format} is unknown; use one of {', '.join(FORMATS)}")
+    for name in config.benchmarks:
+        resolve(REWARDS, reward_config(config, name).function, "--reward")
+    place_engines(config, len(hardware.gpus()), hardware.num_cores())
+    parts = parts_config(config)
+    check_engine_args(parts.rollout.engine_args)
+    checkpoint = latest_checkpoint(Path(config.model).expanduser()).name if is_run(config.model) else None
+    facts = read_model_facts(parts.model)
+    if checkpoint is None:
+        check_weight_files(parts.model)
+    tokenizer = load_tokenizer(parts)
+    prompts = load_prompts(config, tokenizer)
+    longest = max(len(prompt.token_ids) for prompt in chain.from_iterable(prompts.values()))
+    check_length(config, longest, facts.max_position_embeddings)
+    parts = replace(parts, data=replace(parts.data, max_prompt_tokens=longest))
+    check_model(parts, facts)
+    stop_ids = stop_token_ids(parts, tokenizer)
+    check_vocabulary(parts, [stop_ids, *(prompt.token_ids for prompt in chain.from_iterable(prompts.values()))])
+    for name, items in prompts.items():
+        rewards = reward_config(config, name)
+        check_reward_function(rewards, items if rewards.function in REWARDS else items[:1])  # somebody's own may be slow
+    return parts, checkpoint, tokenizer, prompts, stop_ids
 
 
 def output_folder(config: EvalConfig) -> Path:
@@ -99,6 +114,16 @@ def place_engines(config: EvalConfig, num_gpus: int, num_cores: int) -> tuple[st
             "found"
         )
     return ("cuda" if num_gpus else "cpu"), max(1, num_cores // config.engines)
+
+
+def check_length(config: EvalConfig, longest_prompt: int, positions: int | None) -> None:
+    """Raises ConfigError where the longest prompt (tokens) and its response go beyond the model's positions."""
+    if positions is not None and longest_prompt + config.max_tokens > positions:
+        room = positions - longest_prompt
+        raise ConfigError(
+            f"--max-tokens {config.max_tokens} after the longest prompt, of {longest_prompt} tokens, exceeds the model's "
+            f"{positions} positions; use {f'--max-tokens {room}' if room > 0 else 'a model with more'}"
+        )
 
 
 def _exported(config: EvalConfig, folder: Path) -> Path:
@@ -148,7 +173,7 @@ async def _sample_all(
     def start_engine(engine_id: str) -> Any:
         return start_engine_actor(
             parts.model, parts.rollout, parts.quantization, engine_id=engine_id, seed=config.seed, threads=threads, device=device,
-            max_model_len=config.max_prompt_tokens + config.max_tokens, load_weights=True,
+            max_model_len=parts.longest_tokens, load_weights=True,
             num_gpus=float(config.tensor_parallel_size) if device == "cuda" else 0.0,
         )  # fmt: skip
 

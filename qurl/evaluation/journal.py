@@ -93,6 +93,8 @@ class Journal:
             before = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path} is damaged; use another --out, or remove the folder") from error
+        if "benchmarks" not in before:
+            raise ConfigError(f"--out {self.folder} is no folder of an evaluation, but has a {CONFIG}; use another")
         now = json.loads(json.dumps(self._config))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):

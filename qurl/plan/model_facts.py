@@ -90,7 +90,8 @@ def _check_source(key: str, path: str, revision: str | None, file: str) -> None:
     if Path(path).is_dir():
         return
     if Path(path).exists() or path.startswith((".", "/")) or not HUB_NAME.fullmatch(path):
-        raise ConfigError(f"{key}={path} does not exist; `qurl prepare NAME` makes the model of a recipe, or give a hub name")
+        found = "is a file, no folder" if Path(path).exists() else "does not exist"
+        raise ConfigError(f"{key}={path} {found}; `qurl prepare NAME` makes the model of a recipe, or give a hub name")
     if isinstance(try_to_load_from_cache(path, file, revision=revision), str):
         return
     try:

@@ -38,12 +38,17 @@ def check_names(config: TrainConfig) -> None:
         able = ", ".join(name for name, quantization in FORMATS.items() if quantization.rounds_stochastically)
         raise ConfigError(f"quantization.update_awareness=stochastic_rounding is not possible with {name}; use quantization={able}")
     deepspeed_config(config.learner, 1)
-    for name in sorted(CONTROLLED_ARGS & set(config.rollout.engine_args)):
-        raise ConfigError(f"rollout.engine_args.{name} is set by qurl itself from other keys; remove it")
-    if config.rollout.engine_args:
-        _check_foreign("rollout.engine_args", config.rollout.engine_args, known_engine_args(), "argument of vLLM's engine")
+    check_engine_args(config.rollout.engine_args)
     if config.learner.deepspeed:
         _check_foreign("learner.deepspeed", config.learner.deepspeed, known_deepspeed_keys(), "key of DeepSpeed's configuration")
+
+
+def check_engine_args(arguments: Mapping[str, Any]) -> None:
+    """vLLM knows the names of `rollout.engine_args`, and none of them is ours to set. Raises ConfigError."""
+    for name in sorted(CONTROLLED_ARGS & set(arguments)):
+        raise ConfigError(f"rollout.engine_args.{name} is set by qurl itself from other keys; remove it")
+    if arguments:
+        _check_foreign("rollout.engine_args", arguments, known_engine_args(), "argument of vLLM's engine")
 
 
 def _check_foreign(key: str, given: Mapping[str, Any], known: frozenset[str], what: str) -> None:

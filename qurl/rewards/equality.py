@@ -17,6 +17,7 @@ from qurl.rewards.answers import normalize_latex
 
 MAX_ANSWER_CHARACTERS = 2000  # what is longer is compared as text only; the longest answer of MATH has about 160
 SMALL = 1e-3  # numbers below it are compared relatively, with this tolerance
+SCIENTIFIC = re.compile(r"([-+]?[0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]{1,3})")  # 4.5e33, which math-verify takes for a product with e
 BASED = re.compile(r"(-?[0-9A-Z]+)_\{?([0-9]+)\}?")  # digits and base
 
 
@@ -28,16 +29,32 @@ def equals_any(answer: str, truths: Sequence[str]) -> bool:
     if not text or len(answer) > MAX_ANSWER_CHARACTERS:
         return False
     possible = [truth for truth in truths if _may_equal(text, normalize_latex(truth))]
-    return bool(possible) and found_equals_any(f"\\boxed{{{answer}}}", possible)
+    return bool(possible) and _equals_any(_parse_box(answer), possible)
 
 
 def found_equals_any(text: str, truths: Sequence[str]) -> bool:
     """Whether the final answer that math-verify finds in `text` equals one of `truths` as mathematics."""
-    from math_verify import parse, verify
+    from math_verify import parse
 
-    found = parse(text, parsing_timeout=None)
-    parsed = [parse(f"\\boxed{{{truth}}}", parsing_timeout=None) for truth in truths]
+    return _equals_any(parse(text, parsing_timeout=None), truths)
+
+
+def _equals_any(found: list[Any], truths: Sequence[str]) -> bool:
+    """found: what math-verify parsed."""
+    from math_verify import verify
+
+    parsed = map(_parse_box, truths)
     return any(verify(truth, found, timeout_seconds=None) and _is_as_small(truth, found) for truth in parsed)
+
+
+def _parse_box(answer: str) -> list[Any]:
+    """What math-verify reads in a box with this content. LaTeX as a whole or only its text: by default math-verify goes on to look
+    for any number in what it cannot read."""
+    from math_verify import LatexExtractionConfig, parse
+
+    number = SCIENTIFIC.fullmatch(answer.strip())
+    content = rf"{number[1]} \times 10^{{{int(number[2])}}}" if number else answer
+    return parse(f"\\boxed{{{content}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
 
 
 def _may_equal(answer: str, truth: str) -> bool:

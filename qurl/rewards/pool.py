@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import isfinite
 from multiprocessing.connection import Connection, Pipe
@@ -72,22 +73,23 @@ class RewardPool:
             self._idle.put(worker)
 
 
-def check_reward_function(config: RewardConfig, sample: Prompt | None = None) -> None:
-    """Load the function in a worker of its own, since its module may do anything to the process that imports it, and score
-    `sample`, if given, with its ground truth as the response.
+def check_reward_function(config: RewardConfig, samples: Sequence[Prompt] = ()) -> None:
+    """Load the function in a worker of its own, since its module may do anything to the process that imports it, and score each of
+    `samples` with its ground truth as the response.
 
     ValueError where the function cannot be found, has the wrong signature, raises, hangs or returns no finite number."""
     worker = _Worker(config)
     try:
         worker.start()
-        result = worker.score(sample.ground_truth, sample) if sample else None
+        for sample in samples:
+            error = worker.score(sample.ground_truth, sample).error
+            if error is not None:
+                raise ValueError(
+                    f"reward.function={config.function!r} fails on problem {sample.prompt_id} (data source {sample.data_source!r}, "
+                    f"ground truth {sample.ground_truth[:80]!r}): {error}"
+                )
     finally:
         worker.close()
-    if sample and result and result.error is not None:
-        raise ValueError(
-            f"reward.function={config.function!r} fails on the first problem (data source {sample.data_source!r}, ground truth "
-            f"{sample.ground_truth[:80]!r}): {result.error}"
-        )
 
 
 class _Worker:

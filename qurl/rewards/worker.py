@@ -7,10 +7,7 @@ connection."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import os
-import signal
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -18,12 +15,12 @@ from pathlib import Path
 
 from qurl.config import RewardConfig
 from qurl.plug import resolve
+from qurl.processes import die_with_parent
 from qurl.rewards import REWARDS
 from qurl.rewards.binding import KEY, Score, bind
 from qurl.types import Prompt
 
 MAX_MESSAGE_CHARACTERS = 500
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -32,7 +29,8 @@ def main() -> None:
     Receives (config, sys.path), sends an error or None; then receives (response, prompt) and sends (value | None, error | None,
     elapsed seconds) per response."""
     connection = Connection(int(sys.argv[1]))
-    _die_with_parent(int(sys.argv[2]))
+    die_with_parent(int(sys.argv[2]))
+    _be_the_one_to_go()
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     with contextlib.suppress(EOFError, BrokenPipeError):
         config, sys.path[:] = connection.recv()
@@ -72,13 +70,11 @@ def _describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARACTERS].split())
 
 
-def _die_with_parent(parent: int) -> None:
+def _be_the_one_to_go() -> None:
+    """Where memory runs out, Linux kills a verifier rather than its driver."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        with contextlib.suppress(OSError):  # where memory runs out, a verifier is the one to go
+        with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
-    if os.getppid() != parent:  # it died before the line above
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

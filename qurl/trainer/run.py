@@ -104,7 +104,7 @@ def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dic
     def load(dataset: Any, key: str) -> list[Prompt]:
         problems = load_rows(dataset, key)
         found = build_prompts(problems, tokenizer, config.data, key)
-        check_reward_function(config.reward, found.prompts[0])
+        check_reward_function(config.reward, found.prompts[:1])
         if found.num_dropped:
             logger.warning("%s: %d of %d prompts are longer than data.max_prompt_tokens=%d and were dropped",
                            key, found.num_dropped, len(problems), config.data.max_prompt_tokens)  # fmt: skip
@@ -226,4 +226,3 @@ def stop_token_ids(config: TrainConfig, tokenizer: Any) -> list[int]:
         raise ConfigError(f"model.path={config.model.path!r}: neither tokenizer nor generation config names an end of sequence; "
                           "set rollout.stop_token_ids")  # fmt: skip
     return sorted(found)
-

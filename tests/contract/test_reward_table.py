@@ -52,7 +52,7 @@ def test_a_reward_function_is_a_finite_function_of_text(named):
     name, config = named
     prompt = Prompt(prompt_id="r0", token_ids=[1], text="12+12?", ground_truth="24", data_source="sums",
                     extra={"year": 1983, "solution": "12+12", "timeout": 3})  # fmt: skip
-    check_reward_function(config, prompt)
+    check_reward_function(config, [prompt])
 
     async def twice():
         pool = RewardPool(config)

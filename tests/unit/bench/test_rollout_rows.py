@@ -1,8 +1,26 @@
 """Ratios of the rollout benchmark, from given times."""
 
+import os
+import select
+import subprocess
+import sys
+
 import pytest
 
 from qurl.bench.rollout import _rows, run_rollout_bench
+
+TELLING_BENCHMARK = """
+import subprocess
+from qurl.bench.rollout import run_rollout_bench
+
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        print(self.pid, flush=True)
+
+subprocess.Popen = Popen
+run_rollout_bench(shapes=["tiny"], batch_sizes=[1])
+"""  # says which process measures
 
 
 def test_ratios_pair_the_times_of_a_round():
@@ -27,3 +45,11 @@ def test_ratios_pair_the_times_of_a_round():
 def test_what_cannot_be_measured_is_refused_before_anything_starts(options, message):
     with pytest.raises(ValueError, match=message):
         run_rollout_bench(**options)
+
+
+def test_a_killed_benchmark_takes_its_measuring_process_along():
+    with subprocess.Popen([sys.executable, "-c", TELLING_BENCHMARK], stdout=subprocess.PIPE) as benchmark:
+        child = os.pidfd_open(int(benchmark.stdout.readline()))
+        benchmark.kill()
+        assert select.select([child], [], [], 60)[0], "it lives on"
+    os.close(child)

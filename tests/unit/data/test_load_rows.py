@@ -106,7 +106,10 @@ def test_max_rows_keeps_the_first_rows_and_reads_no_further(tmp_path):
         ("a.jsonl", "[1, 2]", ["line 1", "list"]),
         ("a.jsonl", '{"problem": 5, "answer": "1"}', ["line 1", "prompt_key", "int"]),
         ("a.jsonl", '{"problem": " ", "answer": "1"}', ["line 1", "empty"]),
-        ("a.jsonl", '{"problem": "p", "answer": {"x": 1}}', ["line 1", "answer_key", "dict"]),
+        ("a.jsonl", '{"problem": "p", "answer": {"x": 1}}', ["line 1", "answer_key", "{'x': 1}"]),
+        ("a.jsonl", '{"problem": "p", "answer": [["1", "2"]]}', ["line 1", "answer_key", "[['1', '2']]"]),
+        ("a.jsonl", '{"problem": "p", "answer": Infinity}', ["line 1", "answer_key", "inf"]),
+        ("a.jsonl", '[\n{"problem": "p", "answer": "1"}\n]', ["line 1", "belongs in a .json file"]),
         ("a.jsonl", b'{"problem": "p", "answer": "1"}\n\0\0\0\0', ["line 2", "NUL"]),
         ("a.jsonl", b'{"problem": "\xff", "answer": "1"}', ["line 1", "UTF-8"]),
         ("a.jsonl", '{"problem": "\\ud800", "answer": "1"}', ["line 1", "surrogate"]),
@@ -132,7 +135,7 @@ def test_what_cannot_be_used_is_refused_with_place_and_key(tmp_path, name, conte
 def test_paths_that_are_not_files_are_refused(tmp_path):
     refused(tmp_path / "gone.jsonl", "no such file")
     refused("gone.jsonl", "no such file", "current folder")
-    refused(tmp_path, "is not supported")
+    refused(tmp_path, "is a folder")
     (tmp_path / "folder.json").mkdir()
     refused(tmp_path / "folder.json", "is a folder")
     refused("", "is empty")

@@ -9,7 +9,7 @@ import pytest
 from qurl.evaluation.journal import Journal
 from qurl.evaluation.record import ProblemRecord
 
-CONFIG = {"model": "m", "temperature": 0.6, "problems": {"amc23": "ab"}}
+CONFIG = {"model": "m", "benchmarks": ["amc23"], "temperature": 0.6, "problems": {"amc23": "ab"}}
 
 
 def record(problem, rewards=(1.0, None)):
@@ -75,6 +75,12 @@ def test_two_processes_cannot_share_a_folder(tmp_path):
 def test_a_damaged_configuration_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"), Journal(tmp_path, CONFIG):
+        pass
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    with pytest.raises(ValueError, match="is no folder of an evaluation"), Journal(tmp_path, CONFIG):
         pass
 
 

@@ -81,6 +81,12 @@ RIGHT_AND_WRONG = {
         (r"\boxed{0}", r"\frac{1}{2^{98}}", 0.0),
         (r"\boxed{0.3333333}", r"\frac13", 1.0),
         (r"\boxed{0.333}", r"\frac13", 0.0),
+        (r"\boxed{4.5 \times 10^{33}}", "4.5e33", 1.0),  # Minerva's way of writing numbers
+        (r"\boxed{4.6 \times 10^{33}}", "4.5e33", 0.0),
+        (r"\boxed{0.00000016}", "1.6e-7", 1.0),
+        (r"\boxed{1.7 \cdot 10^{-7}}", "1.6e-7", 0.0),
+        (r"\boxed{1.6E-7}", r"1.6 \times 10^{-7}", 1.0),
+        (r"\boxed{\frac{ \end \ -1}{2x^^}}", "-1", 0.0),  # a number in what is no mathematics is no answer
         (r"\boxed{" + "9" * 3000 + "}", "7", 0.0),  # too long for an answer
     ],
     "deepscaler": [

@@ -302,12 +302,12 @@ def test_a_function_that_cannot_work_is_refused_before_the_run(tmp_path, source,
     if source is not None:
         path.write_text(source)
     with pytest.raises(ValueError) as caught:
-        check_reward_function(RewardConfig(function=f"{path}:f", timeout_s=0.3), prompt())
+        check_reward_function(RewardConfig(function=f"{path}:f", timeout_s=0.3), [prompt()])
     for word in ["reward.function=", *words]:
         assert word in str(caught.value), str(caught.value)
 
 
 def test_a_function_that_works_passes_the_check():
-    check_reward_function(RewardConfig(function="math"), prompt(ground_truth=r"\frac{1}{2}"))
+    check_reward_function(RewardConfig(function="math"), [prompt(ground_truth=r"\frac{1}{2}")])
     with pytest.raises(ValueError, match="holds no number"):
-        check_reward_function(RewardConfig(function="gsm8k"), prompt(ground_truth="Evelyn"))
+        check_reward_function(RewardConfig(function="gsm8k"), [prompt(ground_truth="7"), prompt(ground_truth="Evelyn")])
