@@ -12,7 +12,7 @@ from qurl.evaluation.config import EvalConfig
 from qurl.evaluation.evaluate import check_length
 from qurl.warmstart.model import make_tiny_model
 
-KEY_OF_A_RUN = re.compile(r"\b(data|model|quantization|reward|rollout)\.[a-z_]+")
+KEY_OF_A_RUN = re.compile(r"\b(data|quantization|reward|rollout)\.[a-z_]+|\bmodel\.(path|tokenizer|max)")
 
 
 @pytest.fixture(scope="module")
