@@ -101,6 +101,10 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
         raise ConfigError(
             f"rollout.tensor_parallel_size={size} and the model's {model.num_kv_heads} key-value heads: one must divide the other"
         )
+    if model.intermediate_size % size:  # vLLM asserts it while it builds the layers
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={size} does not divide the {model.intermediate_size} channels of the model's MLP layers"
+        )
     longest = config.longest_tokens
     if model.max_position_embeddings is not None and longest > model.max_position_embeddings:
         raise ConfigError(

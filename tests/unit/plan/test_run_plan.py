@@ -12,6 +12,7 @@ from qurl.config.validate import validate
 from qurl.errors import ConfigError
 from qurl.hardware import Gpu, Hardware
 from qurl.plan import make_plan
+from qurl.plan.preflight import check_model
 
 GIB = 1 << 30
 LAPTOP = Hardware(
@@ -158,6 +159,14 @@ def test_what_cannot_run_is_refused(needed: list[str], overrides: list[str], mac
     with pytest.raises(ValueError) as caught:
         plan([*needed, *overrides], machine)
     assert told in str(caught.value)
+
+
+def test_mlp_layers_that_do_not_split_are_refused(needed: list[str]) -> None:
+    config = compose([*needed, "rollout.tensor_parallel_size=4"])
+    model = plan(needed).model
+    check_model(config, model)
+    with pytest.raises(ConfigError, match="tensor_parallel_size=4 does not divide the 130 channels"):
+        check_model(config, dataclasses.replace(model, intermediate_size=130))
 
 
 def test_a_learner_that_does_not_fit_its_gpu_is_refused(needed: list[str], tmp_path: Path) -> None:

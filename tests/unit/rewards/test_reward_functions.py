@@ -172,13 +172,13 @@ def test_a_ground_truth_without_an_answer_is_an_error_not_a_zero(name, truth):
 
 @pytest.mark.parametrize("name", ["gsm8k", "boxed", "exact", "dapo"])
 @pytest.mark.parametrize("unit", ["9", "1,", "-", "{", "\\boxed{", "\\text{", "#", " "])
-def test_textual_verifiers_take_linear_time_on_a_megabyte(name, unit):
-    text = unit * (1_000_000 // len(unit))
+def test_textual_verifiers_take_linear_time_on_a_long_text(name, unit):
+    text = unit * (300_000 // len(unit))
     start = time.process_time()
     for response in (text, f"\\boxed{{{text}", f"Answer: {text}"):
         assert REWARDS[name](response, "7") <= 0.0
         VOTES[name](response)
-    assert time.process_time() - start < 5  # takes up to 0.5 s; a quadratic scan would take minutes
+    assert time.process_time() - start < 5  # takes up to 0.2 s; a quadratic scan would take a minute
 
 
 def test_nested_boxes_give_the_innermost_last_one():

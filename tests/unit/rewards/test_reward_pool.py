@@ -230,14 +230,12 @@ HOSTILE = {
 }
 
 
-def test_hostile_text_costs_at_most_the_time_limit_and_is_never_right():
-    start = time.monotonic()
+def test_hostile_text_is_never_right_and_the_next_response_is_scored():
     config = RewardConfig(function="math", num_workers=2, timeout_s=0.3)
     (rewards,) = score(config, group(r"\boxed{2}", *HOSTILE.values(), r"\boxed{1+1}"))
     assert (rewards[0].value, rewards[-1].value) == (1.0, 1.0)
     for name, reward in zip(HOSTILE, rewards[1:-1], strict=True):
         assert reward.value == 0.0 or reward.error is not None, name
-    assert time.monotonic() - start < 30  # 8 time limits and as many starts of a worker at worst
 
 
 def test_a_busy_event_loop_is_not_taken_for_a_slow_verifier(behaviors):
