@@ -80,7 +80,7 @@ class TrainingSample:
     token_ids: list[int]
     loss_mask: list[bool]  # True where the policy chose the token
     rollout_logprobs: list[float]  # 0.0 where loss_mask is False
-    advantages: list[float]  # 0.0 where loss_mask is False
+    advantages: list[float]  # 0.0 where loss_mask is False; a learner with a critic computes its own
     reward: float
     weight_version: int  # oldest weights that produced any trained token
 
@@ -99,6 +99,8 @@ class MicroBatch:
     sample_indices: list[int]  # segment id -> index into the list of samples this batch was packed from
     old_logprobs: Tensor | None = None  # [B, L] float32, filled by the learner before the update
     ref_logprobs: Tensor | None = None  # [B, L] float32, filled by the learner when a KL term needs it
+    old_values: Tensor | None = None  # [B, L] float32, the critic's before the update, of what precedes the token at t
+    returns: Tensor | None = None  # [B, L] float32, what the critic is to say; both only with a critic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,7 @@ def full_precision_accuracy(run_dir: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(config)
     _, datasets = load_prompts(config, tokenizer)
     learner = Learner(
-        config.model, config.learner, config.algorithm, config.quantization, config.sync, seed=config.seed,
+        config.model, config.learner, config.critic, config.algorithm, config.quantization, config.sync, seed=config.seed,
         device=place(config).device,
     )  # fmt: skip
     learner.load_checkpoint(latest_checkpoint(run_dir))

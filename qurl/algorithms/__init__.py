@@ -12,10 +12,11 @@ from qurl.algorithms.gae import gae
 from qurl.algorithms.kl import kl_penalty
 from qurl.algorithms.mismatch import mismatch_metrics, mismatch_parts
 from qurl.algorithms.policy_losses import POLICY_LOSSES, LossOutput, PolicyLossInputs, ppo_clip
-from qurl.algorithms.sequences import sequence_means, sequence_sums
+from qurl.algorithms.sequences import last_trained, sequence_means, sequence_sums
+from qurl.algorithms.value_loss import clipped_value_loss
 
 __all__ = [
     "ADVANTAGES", "CORRECTIONS", "POLICY_LOSSES", "Correction", "CorrectionInputs", "LossOutput", "PolicyLossInputs",
-    "RewardedGroup", "gae", "grpo", "kl_penalty", "mismatch_metrics", "mismatch_parts", "ppo_clip", "sequence_means",
-    "sequence_sums", "token_weights",
+    "RewardedGroup", "clipped_value_loss", "gae", "grpo", "kl_penalty", "last_trained", "mismatch_metrics", "mismatch_parts",
+    "ppo_clip", "sequence_means", "sequence_sums", "token_weights",
 ]

@@ -8,6 +8,7 @@ order of groups, on mini-batches or on ranks. Sums are exact (math.fsum), so tha
     rloo                          r - mean of the group's other rewards
     reinforce_plus_plus           whiten(r)                              over all tokens of the iteration
     reinforce_plus_plus_baseline  whiten(r - mean)                       mean of the group, then over all tokens
+    gae                           r                                      the learner puts those of its critic in their place
 
 With `algorithm.kl.placement=reward` r is the reward less the KL penalty summed over the whole response."""
 
@@ -17,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qurl.config.algorithm import AdvantageConfig
+from qurl.config.algorithm import GAE, AdvantageConfig
 
 STD_EPSILON = 1e-6  # as in verl; keeps a group with nearly equal rewards finite
 VARIANCE_EPSILON = 1e-8  # likewise, verl's masked_whiten
@@ -73,6 +74,12 @@ def reinforce_plus_plus_baseline(groups: Sequence[RewardedGroup], config: Advant
     return _whitened([_centered(group) for group in groups], groups)
 
 
+def outcome(groups: Sequence[RewardedGroup], config: AdvantageConfig) -> list[list[float]]:
+    """r itself: generalized advantages of a critic that says 0 of every state, before whitening. The learner has a better one and
+    replaces them token by token (qurl.algorithms.gae)."""
+    return [list(group.rewards) for group in groups]
+
+
 def _centered(group: RewardedGroup) -> list[float]:
     rewards = group.rewards
     if len(set(rewards)) < 2:
@@ -107,4 +114,5 @@ ADVANTAGES: dict[str, AdvantageFn] = {
     "rloo": rloo,
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    GAE: outcome,
 }

@@ -22,3 +22,12 @@ def sequence_means(values: Tensor, mask: Tensor, segment_ids: Tensor) -> Tensor:
     """[B, L]: at every position the mean of `values` over the trained tokens of its sequence; 0 where there is none."""
     lengths = sequence_sums(torch.ones_like(values), mask, segment_ids)
     return sequence_sums(values, mask, segment_ids) / lengths.clamp(min=1.0)
+
+
+def last_trained(mask: Tensor, segment_ids: Tensor) -> Tensor:
+    """[B, L] bool: True at the last trained token of each sequence, where a reward for the whole of it is due."""
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    bins = segment_ids.flatten() + 1
+    trained = columns.where(mask, -1).flatten()
+    last = trained.new_full((bins.numel() + 1,), -1).scatter_reduce(0, bins, trained, "amax")
+    return mask & (columns == last[bins].view_as(mask))

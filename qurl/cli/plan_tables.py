@@ -87,6 +87,8 @@ def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield "reduce bucket", _size(memory.communication)
     if memory.reference:
         yield "reference policy", _size(memory.reference)
+    if memory.critic:
+        yield "critic", f"{_size(memory.critic)} (its weights, gradients, optimizer and reduce bucket)"
     yield "activations", f"{_size(memory.activations)} (estimate)"
     yield "logits", f"{_size(memory.logits)} (a chunk)"
     yield "total", f"{_size(memory.on_device)} on the device"

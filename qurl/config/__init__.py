@@ -13,6 +13,7 @@ from qurl.config.algorithm import (
     PolicyLossConfig,
     Rejection,
 )
+from qurl.config.critic import CriticConfig
 from qurl.config.data import DataConfig, DatasetConfig, OverlongPrompts
 from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig
@@ -24,9 +25,9 @@ from qurl.config.run import CheckpointConfig, ClusterConfig, Device, EvaluationC
 from qurl.config.sync import SyncConfig
 
 __all__ = [
-    "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig", "DataConfig",
-    "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "Fp8BlockConfig", "Fp8Config", "Int8Config",
-    "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig", "Mxfp4Config",
-    "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "ProbeConfig", "QuantizationConfig", "Rejection", "RewardConfig",
-    "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+    "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig",
+    "CriticConfig", "DataConfig", "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "Fp8BlockConfig",
+    "Fp8Config", "Int8Config", "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig",
+    "ModelConfig", "Mxfp4Config", "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "ProbeConfig", "QuantizationConfig",
+    "Rejection", "RewardConfig", "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
 ]

@@ -26,7 +26,7 @@ class KLPlacement(Enum):
     """Where the KL term goes."""
 
     loss = "loss"  # verl's use_kl_loss
-    reward = "reward"  # summed over a response and subtracted from its reward before advantages; verl's use_kl_in_reward
+    reward = "reward"  # taken off a response's reward before advantages, with gae off each token's; verl's use_kl_in_reward
 
 
 class Rejection(Enum):
@@ -49,11 +49,17 @@ REJECTION_BOUNDS = {
 """(rejection_low, rejection_high) where they are null."""
 
 
+GAE = "gae"
+"""The advantage that needs a critic."""
+
+
 @dataclass(kw_only=True, slots=True)
 class AdvantageConfig:
     """What a rollout is worth among those of the iteration."""
 
     name: str = "grpo"  # key of qurl.algorithms.ADVANTAGES or package.module:attribute
+    discount: float = 1.0  # of gae, per token; verl's gamma
+    gae_lambda: float = 1.0  # of gae: 1 trusts the outcome, 0 the critic; verl's lam
 
 
 @dataclass(kw_only=True, slots=True)
@@ -128,3 +134,8 @@ class AlgorithmConfig:
     overlong: OverlongConfig = field(default_factory=OverlongConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     entropy_coefficient: float = 0.0  # times the entropy, subtracted from the loss; > 0 rewards spread-out distributions
+
+    @property
+    def uses_critic(self) -> bool:
+        """Advantages come from a critic that the learner trains, as TrainConfig.critic says."""
+        return self.advantage.name == GAE

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from qurl.config.algorithm import AlgorithmConfig
+from qurl.config.critic import CriticConfig
 from qurl.config.data import DataConfig
 from qurl.config.learner import LearnerConfig
 from qurl.config.model import ModelConfig
@@ -90,6 +91,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     stages: list[StageConfig] = field(default_factory=list)  # later numbers of rollout, in order of from_step
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)

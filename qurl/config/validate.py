@@ -9,6 +9,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from qurl.config.algorithm import (
+    GAE,
+    AdvantageConfig,
     Aggregation,
     AlgorithmConfig,
     CorrectionConfig,
@@ -17,6 +19,7 @@ from qurl.config.algorithm import (
     PolicyLossConfig,
     Rejection,
 )
+from qurl.config.critic import CriticConfig
 from qurl.config.data import DataConfig
 from qurl.config.learner import LearnerConfig
 from qurl.config.probe import ProbeConfig
@@ -54,6 +57,7 @@ def validate(config: TrainConfig) -> None:
     _quantization(config.quantization)
     _rollout(config.rollout)
     _learner(config.learner)
+    _critic(config)
     _sync(config.sync)
     _reward(config.reward)
     _probe(config.probe)
@@ -81,6 +85,12 @@ def _positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(math.isfinite(value) and value > 0, f"{section}{name}", value, "a number > 0")
+
+
+def _unchanged(section: str, config: Any, default: Any, needs: str) -> None:
+    """Every field has its default."""
+    for name in (field.name for field in fields(config)):
+        _require(getattr(config, name) == getattr(default, name), f"{section}{name}", getattr(config, name), needs)
 
 
 def _is_number(value: Any) -> bool:
@@ -199,6 +209,24 @@ def _learner(config: LearnerConfig) -> None:
     _require(config.zero_stage in range(4), "learner.zero_stage", config.zero_stage, "0, 1, 2 or 3")
     betas = config.adam_betas
     _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "learner.adam_betas", betas, "two numbers in [0, 1)")
+
+
+def _critic(config: TrainConfig) -> None:
+    advantage, critic = config.algorithm.advantage, config.critic
+    if not config.algorithm.uses_critic:
+        works = f"its default, or algorithm.advantage.name={GAE} (algorithm=ppo): {advantage.name} has no critic"
+        _unchanged("critic.", critic, CriticConfig(), works)
+        _unchanged("algorithm.advantage.", advantage, AdvantageConfig(name=advantage.name), works)
+        return
+    for name in ("discount", "gae_lambda"):
+        _require(0 <= getattr(advantage, name) <= 1, f"algorithm.advantage.{name}", getattr(advantage, name), "a number in [0, 1]")
+    _positive("critic.", critic, "learning_rate")
+    clip, warmup = critic.value_clip, critic.num_warmup_iterations
+    _require(clip is None or (math.isfinite(clip) and clip > 0), "critic.value_clip", clip, "null or a number > 0, e.g. 0.5")
+    _at_least(0, "critic.", critic, "num_warmup_iterations")
+    _require(warmup < config.num_steps, "critic.num_warmup_iterations", warmup, f"less than num_steps={config.num_steps}")
+    _require(critic.path != "", "critic.path", "''", "null (model.path), a local folder or a hub name")
+    _require(critic.revision is None or bool(critic.path), "critic.revision", critic.revision, "null, or critic.path with it")
 
 
 def _sync(config: SyncConfig) -> None:

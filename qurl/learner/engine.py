@@ -1,4 +1,4 @@
-"""DeepSpeed around the policy: process group, optimizer, master weights. The only file that imports deepspeed."""
+"""DeepSpeed around policy and critic: process group, optimizer, master weights. The only file that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -109,6 +110,18 @@ def apply_gradients(engine: Any) -> float | None:
         return float(norm)
     engine.step()
     return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
+
+
+def save_engine(engine: Any, folder: Path, tag: str) -> None:
+    """Write this rank's part of an engine's weights, optimizer and schedule below `folder`/`tag`."""
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+
+def load_engine(engine: Any, folder: Path, tag: str) -> None:
+    """Continue from save_engine. Raises FileNotFoundError where parts are missing."""
+    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+    if path is None:
+        raise FileNotFoundError(f"checkpoint {folder} has no readable {tag}/ for rank {torch.distributed.get_rank()}")
 
 
 def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
+from qurl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
 from qurl.errors import remote_cause
 from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import Last, Metric, reduce_metrics
@@ -59,7 +59,7 @@ class LearnerRank:
 class _Setup:
     """What every rank is built from."""
 
-    configs: tuple[ModelConfig, LearnerConfig, AlgorithmConfig, QuantizationConfig, SyncConfig]
+    configs: tuple[ModelConfig, LearnerConfig, CriticConfig, AlgorithmConfig, QuantizationConfig, SyncConfig]
     options: dict[str, Any]
 
 
@@ -70,6 +70,7 @@ class LearnerGroup:
         self,
         model: ModelConfig,
         learner: LearnerConfig,
+        critic: CriticConfig,
         algorithm: AlgorithmConfig,
         quantization: QuantizationConfig,
         sync: SyncConfig,
@@ -85,7 +86,7 @@ class LearnerGroup:
         """device: "cpu" or "cuda", one GPU per rank. threads: OpenMP threads of a rank on the CPU, >= 1. failure_dir: where
         samples of a non-finite step go. ray_options: for the actors, over ours (e.g. num_gpus, scheduling_strategy)."""
         self._setup = _Setup(
-            configs=(model, learner, algorithm, quantization, sync),
+            configs=(model, learner, critic, algorithm, quantization, sync),
             options={
                 "device": device, "temperature": temperature, "engine_dtype": engine_dtype, "threads": threads, "seed": seed,
             },
@@ -112,11 +113,15 @@ class LearnerGroup:
             for rank, handle in enumerate(self._ranks)
         ])
 
-    async def train_step(self, samples: Sequence[TrainingSample]) -> tuple[dict[str, Metric], dict[str, float]]:
-        """One iteration: (metrics reduced over ranks, time/* seconds of the slowest rank). Raises NonFiniteLoss, LearnerDied."""
+    async def train_step(
+        self, samples: Sequence[TrainingSample], trains_policy: bool = True
+    ) -> tuple[dict[str, Metric], dict[str, float]]:
+        """One iteration: (metrics reduced over ranks, time/* seconds of the slowest rank). trains_policy: else the critic alone.
+        Raises NonFiniteLoss, LearnerDied."""
         shares = split_for_ranks(samples, self._config.num_mini_batches, len(self._ranks))
         results = await self._gather([
-            handle.call.remote("train_step", share, self._failure_dir) for handle, share in zip(self._ranks, shares, strict=True)
+            handle.call.remote("train_step", share, self._failure_dir, trains_policy)
+            for handle, share in zip(self._ranks, shares, strict=True)
         ])
         return _joined(results)
 

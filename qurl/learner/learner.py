@@ -1,4 +1,4 @@
-"""One rank of the trainer: full-precision policy, optimizer, and the source of the weights that the pool samples from.
+"""One rank of the trainer: full-precision policy, optimizer, critic, and the source of the weights that the pool samples from.
 
 Consumes the TrainingSamples of an iteration, produces new weights and metrics. Collective: every rank calls the same methods in
 the same order. Each sequence's weight in the loss is fixed before anything is split, and DeepSpeed's mean over ranks is undone,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,9 +19,26 @@ import torch
 from torch import Tensor, distributed, nn
 
 from qurl.algorithms import mismatch_parts, token_weights
-from qurl.config import AlgorithmConfig, KLPlacement, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig, UpdateAwareness
+from qurl.config import (
+    AlgorithmConfig,
+    CriticConfig,
+    KLPlacement,
+    LearnerConfig,
+    ModelConfig,
+    QuantizationConfig,
+    SyncConfig,
+    UpdateAwareness,
+)
 from qurl.errors import NonFiniteLoss
-from qurl.learner.engine import apply_gradients, initialize, initialize_frozen, join_process_group
+from qurl.learner.critic import Critic
+from qurl.learner.engine import (
+    apply_gradients,
+    initialize,
+    initialize_frozen,
+    join_process_group,
+    load_engine,
+    save_engine,
+)
 from qurl.learner.huggingface import copy_tokenizer, load_model
 from qurl.learner.objective import Objective
 from qurl.learner.packing import empty_micro_batch, pack, padding_fraction, spread
@@ -29,6 +46,7 @@ from qurl.learner.policy import Policy
 from qurl.learner.probe import quantized_arithmetic
 from qurl.learner.random_state import random_states, restore_random_states, seed_everything
 from qurl.learner.reward_penalty import charge_kl
+from qurl.learner.value_targets import fill_value_targets
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
 from qurl.observability.metrics import Last, Mean, Metric
 from qurl.plug import resolve
@@ -37,7 +55,7 @@ from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
 
 TAG = "deepspeed"
-"""Folder of DeepSpeed's files in a checkpoint."""
+"""Folder of the policy's engine's files in a checkpoint."""
 
 WIRE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -57,7 +75,12 @@ class _MiniBatch:
     samples: list[TrainingSample]
     batches: list[MicroBatch]
     token_weights: list[Tensor]  # [B, L] float32 per micro-batch; over all ranks the loss is sum(weight * per-token loss)
+    num_tokens: int  # trained ones, over all ranks
     mean_weight: float = 1.0  # of the correction, with normalize_weights
+
+
+LossOf = Callable[[_MiniBatch, int], tuple[Tensor, dict[str, Metric]]]
+"""(its part of the mini-batch loss, metrics) of the micro-batch with that index."""
 
 
 class Learner:
@@ -67,6 +90,7 @@ class Learner:
         self,
         model: ModelConfig,
         learner: LearnerConfig,
+        critic: CriticConfig,
         algorithm: AlgorithmConfig,
         quantization: QuantizationConfig,
         sync: SyncConfig,
@@ -110,25 +134,31 @@ class Learner:
         self._reference = None
         if algorithm.kl.coefficient:
             self._reference = initialize_frozen(Policy(load_model(model), temperature=temperature), learner, self.device)
+        self._critic = Critic(critic, model, learner, self.device) if algorithm.uses_critic else None
 
     @property
     def num_optimizer_steps(self) -> int:
-        """Optimizer steps since the start of the run, through checkpoints."""
+        """The policy's, since the start of the run, through checkpoints."""
         return int(self._engine.global_steps)
 
-    def train_step(self, mini_batches: Sequence[list[TrainingSample]], failure_dir: Path | None = None) -> StepResult:
-        """One optimizer step per mini-batch; `mini_batches` is this rank's share, of equal length on all ranks.
+    def train_step(
+        self, mini_batches: Sequence[list[TrainingSample]], failure_dir: Path | None = None, trains_policy: bool = True
+    ) -> StepResult:
+        """One optimizer step per mini-batch: of the critic, where there is one, then of the policy, unless trains_policy is False.
 
-        Old logprobs are those of the weights at entry. failure_dir: where the samples of a failing mini-batch are written.
+        mini_batches: this rank's share, of equal length on all ranks. Old logprobs and values are those of the weights at entry.
+        failure_dir: where the samples of a failing mini-batch are written.
         Raises NonFiniteLoss, on all ranks alike, before a step that is not finite is applied."""
         start = time.perf_counter()
         steps = self._plan(mini_batches)
-        reports = self._prepare(steps)
+        reports = self._prepare(steps, trains_policy)
         logprobs_done = time.perf_counter()
-        for step in steps:
-            reports += self._optimizer_step(step, failure_dir)
+        if self._critic is not None:
+            reports += self._optimizer_steps("critic", self._critic.engine, steps, self._critic_loss, failure_dir)
+        if trains_policy:
+            reports += self._optimizer_steps("policy", self._engine, steps, self._policy_loss, failure_dir)
         reports.append({
-            "policy/num_optimizer_steps": Last(len(steps)),
+            "policy/num_optimizer_steps": Last(len(steps) if trains_policy else 0),
             "policy/padding_fraction": Mean(padding_fraction([batch for step in steps for batch in step.batches])),
         })
         timings = {"time/logprob_s": logprobs_done - start, "time/update_s": time.perf_counter() - logprobs_done}
@@ -167,52 +197,71 @@ class Learner:
             batches = [_to(batch, self.device) for batch in batches]
             steps.append(_MiniBatch(
                 samples=samples, batches=batches, token_weights=[spread(own, batch) for batch in batches],
+                num_tokens=sum(n for _, counts in theirs for n in counts),
             ))
         return steps
 
-    def _prepare(self, steps: Sequence[_MiniBatch]) -> list[dict[str, Metric]]:
+    def _prepare(self, steps: Sequence[_MiniBatch], trains_policy: bool) -> list[dict[str, Metric]]:
         """Fill what the optimizer steps need to know of the weights at entry and of the reference. Returns metrics."""
         in_reward = self._reference is not None and self._algorithm.kl.placement is KLPlacement.reward
-        normalizes = self._algorithm.correction.normalize_weights
-        needs_old = len(steps) > 1 or in_reward or normalizes  # else the training forward itself runs at the old weights
+        normalizes = trains_policy and self._algorithm.correction.normalize_weights
+        several = trains_policy and len(steps) > 1
+        needs_old = several or in_reward or normalizes  # else the training forward itself runs at the old weights
         for step in steps:
             for batch in step.batches:
                 if needs_old:
                     batch.old_logprobs = self._logprobs(self._engine, batch)
                 if self._reference is not None:
                     batch.ref_logprobs = self._logprobs(self._reference, batch)
+                if self._critic is not None:
+                    batch.old_values = self._critic.values(batch)
             if normalizes:
                 step.mean_weight = self._objective.mean_weight(step.batches, self.device)
-        return [charge_kl([(step.samples, step.batches) for step in steps], self._algorithm)] if in_reward else []
+        mini_batches = [(step.samples, step.batches) for step in steps]
+        if self._critic is not None:
+            return [fill_value_targets(mini_batches, self._algorithm)]
+        return [charge_kl(mini_batches, self._algorithm)] if in_reward else []
 
     @torch.no_grad()
     def _logprobs(self, policy: Any, batch: MicroBatch) -> Tensor:
         return policy(batch.input_ids, batch.position_ids, batch.loss_mask)[0]
 
-    def _optimizer_step(self, step: _MiniBatch, failure_dir: Path | None) -> list[dict[str, Metric]]:
+    def _policy_loss(self, step: _MiniBatch, index: int) -> tuple[Tensor, dict[str, Metric]]:
+        batch = step.batches[index]
+        logprobs, entropy = self._engine(batch.input_ids, batch.position_ids, batch.loss_mask)
+        return self._objective.loss(batch, logprobs, entropy, step.token_weights[index], step.mean_weight)
+
+    def _critic_loss(self, step: _MiniBatch, index: int) -> tuple[Tensor, dict[str, Metric]]:
+        assert self._critic is not None
+        return self._critic.loss(step.batches[index], step.num_tokens)
+
+    def _optimizer_steps(
+        self, name: str, engine: Any, steps: Sequence[_MiniBatch], loss_of: LossOf, failure_dir: Path | None
+    ) -> list[dict[str, Metric]]:
+        """One step of `engine` per mini-batch; `name` is its area among the metrics."""
         reports = []
-        suspects: list[str] = []
-        learning_rate = self._engine.get_lr()[0]
-        for i, (batch, weights) in enumerate(zip(step.batches, step.token_weights, strict=True)):
-            is_last = i == len(step.batches) - 1
-            self._engine.set_gradient_accumulation_boundary(is_last)
-            logprobs, entropy = self._engine(batch.input_ids, batch.position_ids, batch.loss_mask)
-            loss, report = self._objective.loss(batch, logprobs, entropy, weights, step.mean_weight)
-            reports.append(report)
-            if not math.isfinite(loss.item()):
-                suspects += [step.samples[index].sample_id for index in batch.sample_indices]
-            if is_last and suspects:
-                loss = loss * math.nan  # every rank learns of it through the gradient and skips the step together
-            self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
-        grad_norm = apply_gradients(self._engine)
-        if grad_norm is None:
-            self._fail(step, suspects, failure_dir)
-        reports.append({"policy/grad_norm": Mean(grad_norm), "policy/learning_rate": Last(learning_rate)})
+        for step in steps:
+            suspects: list[str] = []
+            learning_rate = engine.get_lr()[0]
+            for i, batch in enumerate(step.batches):
+                is_last = i == len(step.batches) - 1
+                engine.set_gradient_accumulation_boundary(is_last)
+                loss, report = loss_of(step, i)
+                reports.append(report)
+                if not math.isfinite(loss.item()):
+                    suspects += [step.samples[index].sample_id for index in batch.sample_indices]
+                if is_last and suspects:
+                    loss = loss * math.nan  # every rank learns of it through the gradient and skips the step together
+                engine.backward(loss * self.world_size, scale_wrt_gas=False)
+            grad_norm = apply_gradients(engine)
+            if grad_norm is None:
+                self._fail(f"{name}'s optimizer step {engine.global_steps}", step, suspects, failure_dir)
+            reports.append({f"{name}/grad_norm": Mean(grad_norm), f"{name}/learning_rate": Last(learning_rate)})
         return reports
 
-    def _fail(self, step: _MiniBatch, suspects: list[str], failure_dir: Path | None) -> NoReturn:
+    def _fail(self, where: str, step: _MiniBatch, suspects: list[str], failure_dir: Path | None) -> NoReturn:
         what = f"loss is not finite in {len(suspects)} samples" if suspects else "gradient is not finite, or another rank's loss"
-        message = f"optimizer step {self.num_optimizer_steps}, rank {self.rank}: {what}; the step was not applied"
+        message = f"{where}, rank {self.rank}: {what}; the step was not applied"
         if failure_dir is not None:
             path = Path(failure_dir) / f"nonfinite_rank{self.rank}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,10 +291,12 @@ class Learner:
         return {module: self._sender.decoded(module, weight) for module, weight in weights if module in chosen}
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and random states; every rank writes its part."""
+        """Write weights, optimizer, schedule and random states, the critic's too; every rank writes its part."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        save_engine(self._engine, folder, TAG)
+        if self._critic is not None:
+            self._critic.save(folder)
         torch.save(random_states(self.device), folder / f"random_rank{self.rank}.pt")
         if self.rank == 0:
             (folder / "learner.json").write_text(json.dumps(self._identity()))
@@ -253,15 +304,15 @@ class Learner:
     def load_checkpoint(self, folder: Path) -> None:
         """Continue bit for bit from what save_checkpoint wrote. Invariant scaling is in the weights read.
 
-        Raises ValueError where it was written with another number of ranks, ZeRO stage or dtype, FileNotFoundError where parts
-        are missing."""
+        Raises ValueError where it was written with another number of ranks, ZeRO stage or dtype, or without a critic that this
+        learner has, FileNotFoundError where parts are missing."""
         folder = Path(folder)
         found = json.loads((folder / "learner.json").read_text())
         if found != self._identity():
             raise ValueError(f"checkpoint {folder} was written with {found}, this run has {self._identity()}; set them alike")
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise FileNotFoundError(f"checkpoint {folder} has no readable {TAG}/ for rank {self.rank}")
+        load_engine(self._engine, folder, TAG)
+        if self._critic is not None:
+            self._critic.load(folder)
         restore_random_states(torch.load(folder / f"random_rank{self.rank}.pt", weights_only=False), self.device)
 
     def _identity(self) -> dict[str, Any]:
@@ -273,6 +324,8 @@ class Learner:
         }
         if self._config.scaled_layers_multiplier != 1:  # the optimizer has one more group of parameters
             identity["learner.scaled_layers_multiplier"] = self._config.scaled_layers_multiplier
+        if self._critic is not None:
+            identity["algorithm.advantage.name"] = self._algorithm.advantage.name
         return identity
 
     def export_hf(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qurl.algorithms import sequence_sums
 from qurl.types import MicroBatch, TrainingSample
 
 
@@ -48,6 +49,14 @@ def spread(values: Sequence[float], batch: MicroBatch) -> Tensor:
     """[B, L] float32: each position the value of its sequence, 0 on padding. values: one per sample the batch was packed from."""
     by_segment = torch.tensor([*(values[index] for index in batch.sample_indices), 0.0], dtype=torch.float32)
     return by_segment.to(batch.segment_ids.device)[batch.segment_ids]  # -1, padding, is the last
+
+
+def collect(per_token: Tensor, batch: MicroBatch) -> list[float]:
+    """The sum of [B, L] values over the trained tokens of each sequence, in the order of batch.sample_indices."""
+    sums = sequence_sums(per_token, batch.loss_mask, batch.segment_ids)
+    by_segment = torch.zeros(len(batch.sample_indices) + 1, dtype=sums.dtype, device=sums.device)
+    by_segment[batch.segment_ids.flatten()] = sums.flatten()  # -1, padding, is the last
+    return by_segment[:-1].tolist()
 
 
 def _check(sample: TrainingSample) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from qurl.learner.decoder import hidden_states, prepare_for_training
+
 LOGIT_BYTES = 256 << 20
 """Bound on one chunk of float32 logits; with a single chunk nothing is recomputed."""
 
@@ -18,8 +20,7 @@ LOGIT_BYTES = 256 << 20
 class Policy(nn.Module):
     """A Hugging Face causal language model that returns logprobs of given tokens.
 
-    temperature: the sampler's, > 0; divides the logits, so that logprobs speak of the distribution that is sampled from.
-    Dropout is off in training too: old and current logprobs must be those of one function."""
+    temperature: the sampler's, > 0; divides the logits, so that logprobs speak of the distribution that is sampled from."""
 
     def __init__(
         self,
@@ -38,21 +39,16 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self._entropy_gradient = entropy_gradient
-        self._flatten = "flash" in (model.config._attn_implementation or "")  # varlen kernels take one row
         _check_output_layer(model)
-        model.eval()
-        if activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in model.modules():  # transformers asks the layer's own flag; its children stay without dropout
-                if getattr(module, "gradient_checkpointing", False):
-                    module.training = True
+        prepare_for_training(model, activation_checkpointing)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs, entropy), both [B, L] float32 and 0 where loss_mask is False; entropy has a gradient with entropy_gradient.
 
         input_ids, position_ids [B, L] int64 and loss_mask [B, L] bool as in MicroBatch."""
         rows, columns = loss_mask.nonzero(as_tuple=True)
-        hidden = self._hidden(input_ids, position_ids)[rows, columns - 1]  # what stands before a token predicts it
+        before = columns - 1  # what stands before a token predicts it
+        hidden = hidden_states(self.model.base_model, input_ids, position_ids)[rows, before]
         targets = input_ids[rows, columns]
         head = self.model.get_output_embeddings()
         size = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
@@ -66,14 +62,6 @@ class Policy(nn.Module):
         logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
         zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=loss_mask.device)
         return zeros.index_put((rows, columns), logprobs), zeros.index_put((rows, columns), entropy)
-
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """[B, L, H] final hidden states."""
-        shape = input_ids.shape
-        if self._flatten:
-            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-        hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        return hidden.reshape(*shape, -1)
 
 
 def _score(

@@ -9,13 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import distributed
 
-from qurl.algorithms import ADVANTAGES, RewardedGroup, kl_penalty, sequence_sums
+from qurl.algorithms import ADVANTAGES, RewardedGroup, kl_penalty
 from qurl.config import AlgorithmConfig
 from qurl.errors import NonFiniteLoss
-from qurl.learner.packing import spread
+from qurl.learner.packing import collect, spread
 from qurl.learner.splitting import prompt_id
 from qurl.observability.metrics import Mean, Metric
 from qurl.plug import resolve
@@ -56,11 +55,7 @@ def charge_kl(mini_batches: Sequence[tuple[list[TrainingSample], list[MicroBatch
 def _penalties(batch: MicroBatch, config: AlgorithmConfig) -> list[float]:
     """sum_t kl_t of each sequence, nats, in the order of batch.sample_indices."""
     assert batch.old_logprobs is not None and batch.ref_logprobs is not None
-    kl = kl_penalty(batch.old_logprobs, batch.ref_logprobs, batch.loss_mask, config.kl.estimator)
-    sums = sequence_sums(kl, batch.loss_mask, batch.segment_ids)
-    by_segment = torch.zeros(len(batch.sample_indices) + 1, dtype=sums.dtype, device=sums.device)
-    by_segment[batch.segment_ids.flatten()] = sums.flatten()  # -1, padding, is the last
-    return by_segment[:-1].tolist()
+    return collect(kl_penalty(batch.old_logprobs, batch.ref_logprobs, batch.loss_mask, config.kl.estimator), batch)
 
 
 def _advantages(rewarded: Sequence[tuple[str, float, int]], config: AlgorithmConfig) -> dict[str, float]:

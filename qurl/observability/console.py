@@ -15,6 +15,7 @@ SHOWN = {  # what the console shows of METRICS
     "reward": "reward/mean", "accuracy": "accuracy/train", "response tokens": "rollout/response_length_mean",
     "truncated": "rollout/truncated_fraction", "tokens/s": "rollout/tokens_per_s", "loss": "policy/loss",
     "entropy": "policy/entropy", "grad norm": "policy/grad_norm", "clipped high": "policy/clip_high_fraction",
+    "critic explains": "critic/explained_variance",
     "KL rollout-old": "mismatch/kl_rollout_old", "ratio max": "mismatch/ratio_max",
     "codes changed": "sync/changed_code_fraction", "step s": "time/step_s",
 }

@@ -45,6 +45,8 @@ PANELS = (
     Panel(title="Policy drift: KL(old || current)", keys=("policy/kl_old_current",), unit="nats per token", log=True),
     Panel(title="Entropy", keys=("policy/entropy",), unit="nats per token"),
     Panel(title="Gradient norm", keys=("policy/grad_norm",), log=True),
+    Panel(title="Variance of returns that the critic explains", keys=("critic/explained_variance",), unit="fraction"),
+    Panel(title="Critic: clipped value loss", keys=("critic/loss",), log=True),
     Panel(title="Response length", keys=("rollout/response_length_mean",), unit="tokens"),
     Panel(title="Rollout speed", keys=("rollout/tokens_per_s",), unit="tokens per second"),
     Panel(title="Iteration", keys=("time/step_s",), unit="seconds"),

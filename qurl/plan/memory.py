@@ -6,7 +6,7 @@ of a decoder layer with gated feed-forward and fused attention; allocator fragme
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qurl.config.learner import LearnerDtype
 from qurl.config.run import TrainConfig
@@ -34,6 +34,7 @@ class LearnerMemory:
     optimizer: int  # float32 master weights where there are any, and Adam's two moments
     communication: int  # DeepSpeed's reduce bucket
     reference: int  # the frozen policy of a KL term
+    critic: int  # its weights, gradients, optimizer and reduce bucket
     activations: int
     logits: int
     previous_codes: int
@@ -42,9 +43,16 @@ class LearnerMemory:
     @property
     def on_device(self) -> int:
         """Everything but what is previous."""
-        return (
-            self.weights + self.gradients + self.optimizer + self.communication + self.reference + self.activations + self.logits
-        )
+        return self.state + self.reference + self.critic + self.activations + self.logits
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.weights + self.gradients + self.optimizer + self.communication
+
+    def with_critic(self, critic: LearnerMemory) -> LearnerMemory:
+        """This policy and a critic on the same rank; they run one after the other."""
+        return replace(self, critic=critic.state, activations=max(self.activations, critic.activations))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +115,7 @@ def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, tar
         optimizer=size * (8 + master) // (ranks if stage >= 1 else 1),
         communication=min(size, REDUCE_BUCKET_ELEMENTS) * compute if stage >= 1 else 0,
         reference=size * compute if config.algorithm.kl.coefficient > 0 else 0,
+        critic=0,
         activations=tokens * _activations_per_token(model, learner.activation_checkpointing) * compute,
         logits=(5 if config.algorithm.entropy_coefficient else 3) * min(tokens * model.vocab_size * 4, LOGIT_BYTES),
         previous_codes=codes_bytes // ranks if config.sync.track_changes else 0,

@@ -22,6 +22,7 @@ class ModelFacts:
 
     parameters: dict[str, tuple[int, ...]]  # Hugging Face name -> shape; a tied head is not listed
     linear_names: tuple[str, ...]
+    base_model_prefix: str  # of the names of parameters that are not the output layer's
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -41,12 +42,13 @@ class ModelFacts:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
 
 
-def read_model_facts(config: ModelConfig) -> ModelFacts:
-    """Facts of model.path, a folder or a hub name. Raises ConfigError where it cannot be read or trained."""
-    _check_source("model.path", config.path, config.revision, "config.json")
+def read_model_facts(config: ModelConfig, section: str = "model") -> ModelFacts:
+    """Facts of `section`.path, a folder or a hub name. Raises ConfigError where it cannot be read or trained."""
+    key = f"{section}.path"
+    _check_source(key, config.path, config.revision, "config.json")
     folder = Path(config.path)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path={folder} is a folder without config.json; give one that a Hugging Face model was saved to")
+        raise ConfigError(f"{key}={folder} is a folder without config.json; give one that a Hugging Face model was saved to")
     if config.tokenizer:
         _check_source("model.tokenizer", config.tokenizer, config.revision, "tokenizer_config.json")
     import torch
@@ -64,13 +66,14 @@ def read_model_facts(config: ModelConfig) -> ModelFacts:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(found, **remote)
     except Exception as error:  # trust boundary: a strange config.json raises whatever the model's class trips over
-        raise ConfigError(f"model.path={config.path} cannot be read as a causal language model: {_brief(error)}") from error
+        raise ConfigError(f"{key}={config.path} cannot be read as a causal language model: {_brief(error)}") from error
     text = found.get_text_config()
     if getattr(found, "quantization_config", None):
-        raise ConfigError(f"model.path={config.path} is a quantized checkpoint; the learner trains a full-precision one")
+        raise ConfigError(f"{key}={config.path} is a quantized checkpoint; the learner trains a full-precision one")
     return ModelFacts(
         parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         linear_names=tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear)),
+        base_model_prefix=f"{model.base_model_prefix}.",
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,

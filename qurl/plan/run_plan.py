@@ -10,6 +10,7 @@ from qurl.config.validate import check_devices
 from qurl.errors import ConfigError
 from qurl.hardware import Hardware, detect
 from qurl.plan.batch import BatchPlan, plan_batch
+from qurl.plan.critic import read_critic_facts
 from qurl.plan.memory import (
     DEFAULT_GPU_MEMORY_UTILIZATION,
     PROCESS_BYTES,
@@ -70,6 +71,8 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     targets = check_model(config, model)
     wire = wire_bytes(config, model, targets)
     learner = learner_memory(config, model, wire, targets)
+    if (critic := read_critic_facts(config, model)) is not None:
+        learner = learner.with_critic(learner_memory(config, critic, 0, frozenset()))
     held = engine_weight_bytes(config, model, targets, machine, placement.device)
     batches = [plan_batch(config, stage) for stage in range(len(config.stages) + 1)]
     engines = [

@@ -28,7 +28,7 @@ async def export_run(run_dir: Path, out: Path) -> None:
     placement = place(config)
     with ray_session(config) as ray_logs:
         learner = LearnerGroup(
-            config.model, config.learner, config.algorithm, config.quantization, config.sync,
+            config.model, config.learner, config.critic, config.algorithm, config.quantization, config.sync,
             device=placement.device, threads=placement.learner_threads, seed=config.seed,
             temperature=config.rollout.temperature, engine_dtype=config.rollout.dtype,
             ray_options={"num_gpus": placement.gpus_per_rank},

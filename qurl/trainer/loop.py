@@ -113,7 +113,8 @@ class TrainingLoop:
         metrics = {}
         if probe.every_steps and step % probe.every_steps == 0:
             metrics = await self._timed(self.learner.probe(spread_out(samples, probe.num_samples), version=step))
-        metrics |= await self._timed(self.learner.train_step(samples))
+        trains_policy = step >= self.config.critic.num_warmup_iterations
+        metrics |= await self._timed(self.learner.train_step(samples, trains_policy))
         return metrics | overlong_metrics(groups, self.config.algorithm.overlong, limit)
 
     async def _timed(self, work: Awaitable[tuple[dict[str, Metric], dict[str, float]]]) -> dict[str, Metric]:

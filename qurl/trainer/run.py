@@ -48,6 +48,8 @@ def run(config: TrainConfig) -> int:
             logger.warning("%s is trained for all %d steps; raise num_steps to go on", folder.path, config.num_steps)
             return EXIT_DONE
         check_weight_files(config.model)
+        if config.algorithm.uses_critic:
+            check_weight_files(config.critic.model(config.model), "critic")
         tokenizer = load_tokenizer(config)
         prompts, evaluation = load_prompts(config, tokenizer)
         stop_ids = stop_token_ids(config, tokenizer)

@@ -119,6 +119,7 @@ def _learner(config: TrainConfig, placement: Placement, run_dir: Path) -> Learne
     return LearnerGroup(
         config.model,
         config.learner,
+        config.critic,
         config.algorithm,
         config.quantization,
         replace(config.sync, transport=_transport(config, placement)),

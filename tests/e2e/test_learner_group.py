@@ -9,7 +9,7 @@ import pytest
 import ray
 import torch
 
-from qurl.config import AlgorithmConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
+from qurl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
 from qurl.errors import NonFiniteLoss
 from qurl.learner.group import LearnerDied, LearnerGroup
 from qurl.quantization import FORMATS
@@ -68,9 +68,9 @@ def model_folder(tmp_path):
 
 def build_group(folder, failure_dir, num_ranks=2, **learner):
     return LearnerGroup(
-        ModelConfig(path=str(folder)), LearnerConfig(num_ranks=num_ranks, learning_rate=1e-3, **learner), AlgorithmConfig(),
-        QuantizationConfig(format="int8"), SyncConfig(), device="cpu", temperature=1.0, engine_dtype="float32", threads=1, seed=0,
-        failure_dir=failure_dir,
+        ModelConfig(path=str(folder)), LearnerConfig(num_ranks=num_ranks, learning_rate=1e-3, **learner), CriticConfig(),
+        AlgorithmConfig(), QuantizationConfig(format="int8"), SyncConfig(), device="cpu", temperature=1.0, engine_dtype="float32",
+        threads=1, seed=0, failure_dir=failure_dir,
     )
 
 

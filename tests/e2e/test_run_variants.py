@@ -1,8 +1,11 @@
 """The same short run over other engines, ranks, transports, formats and with overlap."""
 
 import json
+from pathlib import Path
 
 import pytest
+
+from qurl.warmstart.model import make_tiny_model
 
 pytestmark = pytest.mark.e2e
 
@@ -56,3 +59,25 @@ def test_a_run_hands_over_to_its_next_stage_and_resumes_inside_it(command_line):
     for row, num_samples in zip(rows, (2, 4, 4), strict=True):
         sampled = row["rollout/num_trained_groups"] / (1 - row["rollout/discarded_fraction"])
         assert row["rollout/num_tokens"] / row["rollout/response_length_mean"] == pytest.approx(num_samples * sampled)
+
+
+def test_the_recipe_gsm8k_ppo_in_miniature_warms_its_critic_up_and_resumes(command_line):
+    """Its very YAML: only the model, sizes and paths are others."""
+    make_tiny_model(command_line.folder / "tiny_chat", chat=True)
+    rows = [{"question": f"What is {n} plus 1?", "answer": f"#### {n + 1}"} for n in range(16)]
+    (command_line.folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = Path(__file__).parent / "rewards" / "token_parity.py"
+    arguments = (
+        "train", "recipe=gsm8k_ppo", "model.path=tiny_chat", "data.train.path=questions.jsonl", "data.max_prompt_tokens=128",
+        "data.eval.gsm8k.path=questions.jsonl", "rollout.num_prompts_per_step=8", "rollout.max_response_tokens=24",
+        f"reward.function={reward}:score", "learner.max_tokens_per_micro_batch=512", "critic.num_warmup_iterations=1",
+    )  # fmt: skip
+    for num_steps in (2, 3):
+        code, output = command_line.run(*arguments, f"num_steps={num_steps}")
+        assert code == 0, output
+    rows = command_line.metrics("gsm8k_ppo")
+    assert [row["policy/num_optimizer_steps"] for row in rows] == [0, 4, 4]
+    assert [row["critic/learning_rate"] for row in rows] == [1e-5] * 3
+    assert [row.get("policy/learning_rate") for row in rows] == [None, 1e-6, 1e-6]
+    assert rows[0]["critic/value_mean"] == 0 != rows[2]["critic/value_mean"] != rows[1]["critic/value_mean"]
+    assert all(row["critic/grad_norm"] > 0 for row in rows) and all(row["policy/grad_norm"] > 0 for row in rows[1:])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from packed_rows import one_sequence_per_row, packed, trained_positions
 
-from qurl.algorithms import gae, sequence_means, sequence_sums
+from qurl.algorithms import gae, last_trained, sequence_means, sequence_sums
 
 
 def random_values(seed=0):
@@ -24,9 +24,15 @@ def test_sums_and_means_equal_a_slow_loop_at_every_position_of_a_sequence():
     assert not sums[untrained].any() and not means[untrained].any()
 
 
-def test_a_batch_of_padding_has_no_sums():
-    segment_ids = torch.full((1, 2), -1)
-    assert not sequence_means(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool), segment_ids).any()
+def test_a_batch_of_padding_has_no_sums_and_no_last_token():
+    segment_ids, nothing = torch.full((1, 2), -1), torch.zeros(1, 2, dtype=torch.bool)
+    assert not sequence_means(torch.ones(1, 2), nothing, segment_ids).any()
+    assert not last_trained(nothing, segment_ids).any()
+
+
+def test_the_last_trained_token_of_a_sequence_is_one():
+    segment_ids, mask = packed()
+    assert last_trained(mask, segment_ids).nonzero().tolist() == sorted(list(positions[-1]) for positions in trained_positions())
 
 
 def slow_gae(rewards, values, discount, lam):

@@ -57,6 +57,9 @@ REFUSED = [
     ("learner.num_mini_batches=5", "1, 2, 4, 8, 16, 32"),
     ("learner.num_ranks=1000", "learner.num_ranks"),
     ("learner.max_tokens_per_micro_batch=2047", "2048"),
+    ("critic.learning_rate=1e-4", "critic.learning_rate=0.0001 cannot run; use its default, or algorithm.advantage.name=gae"),
+    ("critic.path=some/critic", "critic.path"),
+    ("algorithm.advantage.discount=0.9", "algorithm.advantage.discount"),
     ("sync.transport=pigeon", "sync.transport"),
     ("rollout.engine_args.max_num_seqs=many", "rollout.engine_args.max_num_seqs"),
     ("rollout.engine_args.max_num_seqs=1.5", "rollout.engine_args.max_num_seqs"),
@@ -102,6 +105,14 @@ REFUSED_TOGETHER = [
         ["algorithm.dynamic_sampling.enabled=true", "algorithm.dynamic_sampling.num_prompts_per_generation=3"],
         "algorithm.dynamic_sampling.max_generations=10 cannot run; use at least 11",
     ),
+    (["algorithm=ppo", "algorithm.advantage.discount=1.1"], "algorithm.advantage.discount"),
+    (["algorithm=ppo", "algorithm.advantage.gae_lambda=-1"], "algorithm.advantage.gae_lambda"),
+    (["algorithm=ppo", "critic.learning_rate=0"], "critic.learning_rate"),
+    (["algorithm=ppo", "critic.value_clip=0"], "critic.value_clip=0.0 cannot run; use null or a number > 0"),
+    (["algorithm=ppo", "critic.num_warmup_iterations=100"], "critic.num_warmup_iterations=100 cannot run; use less than num_steps"),
+    (["algorithm=ppo", "critic.num_warmup_iterations=-1"], "critic.num_warmup_iterations"),
+    (["algorithm=ppo", "critic.revision=main"], "critic.revision"),
+    (["algorithm=ppo", "critic.path=''"], "critic.path"),
     (["quantization=none", "quantization.ignore=[down_proj]"], "quantization.ignore"),
     (["quantization=none", "quantization.update_awareness=invariant_scaling"], "quantization.update_awareness"),
     (["quantization=none", "quantization.update_awareness=stochastic_rounding"], "quantization.update_awareness"),
@@ -134,7 +145,8 @@ def test_a_pair_that_contradicts_itself_is_refused(overrides: list[str], told: s
 
 
 def test_what_needs_no_group_runs_with_one_sample_per_prompt() -> None:
-    validate(compose([*NEEDED, "algorithm=reinforce_plus_plus", "rollout.num_samples_per_prompt=1"]))
+    for algorithm in ("reinforce_plus_plus", "ppo"):
+        validate(compose([*NEEDED, f"algorithm={algorithm}", "rollout.num_samples_per_prompt=1"]))
 
 
 def test_the_transports_are_those_that_exist() -> None:

@@ -13,6 +13,7 @@ from qurl.config import (
     Aggregation,
     AlgorithmConfig,
     CorrectionConfig,
+    CriticConfig,
     KLConfig,
     KLEstimator,
     KLPlacement,
@@ -46,6 +47,12 @@ EVERYTHING = AlgorithmConfig(
     entropy_coefficient=0.02,
 )
 """Every option that looks beyond one token at once: at the sequence, the mini-batch or the iteration."""
+
+PPO = AlgorithmConfig(
+    advantage=AdvantageConfig(name="gae", discount=0.95, gae_lambda=0.9),
+    kl=KLConfig(coefficient=0.3, estimator=KLEstimator.k1, placement=KLPlacement.reward),
+)
+"""A critic, and a penalty for each token."""
 
 
 def build_model(family: str = "qwen2", **overrides):
@@ -90,13 +97,15 @@ def build_samples(num_prompts=4, num_samples=3, seed=0):
     return samples
 
 
-def build_learner(folder, *, algorithm=None, quantization=None, temperature=1.0, rank=0, world_size=1, port=0, **learner):
+def build_learner(
+    folder, *, algorithm=None, critic=None, quantization=None, temperature=1.0, rank=0, world_size=1, port=0, **learner
+):
     """A Learner; further keywords are those of LearnerConfig."""
     from qurl.learner.learner import Learner
 
     options = {"learning_rate": 1e-3, "num_ranks": world_size} | learner
     return Learner(
-        ModelConfig(path=str(folder)), LearnerConfig(**options), algorithm or AlgorithmConfig(),
+        ModelConfig(path=str(folder)), LearnerConfig(**options), critic or CriticConfig(), algorithm or AlgorithmConfig(),
         quantization or QuantizationConfig(), SyncConfig(),
         rank=rank, world_size=world_size, master_port=port, temperature=temperature,
     )
@@ -104,20 +113,21 @@ def build_learner(folder, *, algorithm=None, quantization=None, temperature=1.0,
 
 @contextmanager
 def captured_gradients(learner):
-    """Yields a dict that each optimizer step at stage 0 fills with the gradients, before clipping."""
-    import qurl.learner.learner as module
+    """Yields a dict that each optimizer step at stage 0 fills with the gradients, before clipping; the critic's as critic.name."""
+    import qurl.learner.learner as where
 
-    gradients, apply = {}, module.apply_gradients
+    gradients, apply = {}, where.apply_gradients
 
     def apply_and_capture(engine):
-        gradients.update({name: p.grad.clone() for name, p in learner.model.named_parameters()})
+        prefix, module = ("", learner.model) if engine is learner._engine else ("critic.", engine.module)
+        gradients.update({f"{prefix}{name}": p.grad.clone() for name, p in module.named_parameters()})
         return apply(engine)
 
-    module.apply_gradients = apply_and_capture
+    where.apply_gradients = apply_and_capture
     try:
         yield gradients
     finally:
-        module.apply_gradients = apply
+        where.apply_gradients = apply
 
 
 def weights_of(learner):

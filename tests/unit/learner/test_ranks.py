@@ -9,9 +9,9 @@ import socket
 
 import pytest
 import torch
-from learner_cases import EVERYTHING, build_learner, build_samples, captured_gradients, weights_of
+from learner_cases import EVERYTHING, PPO, build_learner, build_samples, captured_gradients, weights_of
 
-from qurl.config import Aggregation, AlgorithmConfig, KLConfig, LearnerDtype, PolicyLossConfig, QuantizationConfig
+from qurl.config import Aggregation, AlgorithmConfig, CriticConfig, KLConfig, LearnerDtype, PolicyLossConfig, QuantizationConfig
 from qurl.errors import NonFiniteLoss
 from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import reduce_metrics
@@ -21,6 +21,7 @@ ALGORITHM = AlgorithmConfig(
     policy_loss=PolicyLossConfig(aggregation=Aggregation.sequence_mean), kl=KLConfig(coefficient=0.05),
 )
 SETTINGS = {"algorithm": ALGORITHM, "max_tokens_per_micro_batch": 32, "adam_epsilon": 1e-3}
+CRITIC = {"algorithm": PPO, "critic": CriticConfig(learning_rate=1e-2, value_clip=0.1)}
 CASES = [*((stage, LearnerDtype.float32) for stage in range(4)), (0, LearnerDtype.bfloat16), (3, LearnerDtype.bfloat16)]
 
 
@@ -58,6 +59,9 @@ def run_rank(rank, port, model_folder, folder):
     learner = build(algorithm=EVERYTHING)
     with captured_gradients(learner) as found["everything"]:
         found["everything reports"] = train(learner, rank, 2)
+    learner = build(**CRITIC)
+    with captured_gradients(learner) as found["critic"]:
+        found["critic reports"] = train(learner, rank, 2)
     for stage, dtype in CASES:
         learner = build(zero_stage=stage, dtype=dtype)
         found[stage, dtype] = {"reports": train(learner, rank, 2), "share": weights_of(learner)}
@@ -90,9 +94,13 @@ def one_rank(model_folder):
     learner = build_learner(model_folder, **(SETTINGS | {"algorithm": EVERYTHING}))
     with captured_gradients(learner) as everything:
         everything_reports = train(learner, 0, 1)
+    learner = build_learner(model_folder, **(SETTINGS | CRITIC))
+    with captured_gradients(learner) as critic:
+        critic_reports = train(learner, 0, 1)
     learner = build_learner(model_folder, **SETTINGS)
     return {
-        "everything": everything, "everything reports": everything_reports, "gradients": gradients,
+        "everything": everything, "everything reports": everything_reports, "critic": critic, "critic reports": critic_reports,
+        "gradients": gradients,
         "reports": train(learner, 0, 1), "weights": weights_of(learner),
     }
 
@@ -114,14 +122,15 @@ def test_spreading_samples_over_ranks_changes_no_gradient(one_rank, two_ranks):
             torch.testing.assert_close(found["gradients"][name], expected, rtol=0, atol=bound, msg=name)
 
 
-def test_nor_what_looks_at_sequences_mini_batches_and_iterations(one_rank, two_ranks):
+@pytest.mark.parametrize("case", ["everything", "critic"])
+def test_nor_what_looks_at_sequences_mini_batches_and_iterations(one_rank, two_ranks, case):
     for found in two_ranks[1]:
-        for name, expected in one_rank["everything"].items():
+        for name, expected in one_rank[case].items():
             bound = 1e-4 * expected.abs().max().item()  # of the fourth optimizer step, after three that differ in the last bits
-            torch.testing.assert_close(found["everything"][name], expected, rtol=0, atol=bound, msg=name)
-    for iteration, reports in enumerate(one_rank["everything reports"]):
+            torch.testing.assert_close(found[case][name], expected, rtol=0, atol=bound, msg=name)
+    for iteration, reports in enumerate(one_rank[f"{case} reports"]):
         expected = reduce_metrics(reports)
-        joined = reduce_metrics(report for found in two_ranks[1] for report in found["everything reports"][iteration])
+        joined = reduce_metrics(report for found in two_ranks[1] for report in found[f"{case} reports"][iteration])
         del expected["policy/padding_fraction"], joined["policy/padding_fraction"]
         assert joined == pytest.approx(expected, rel=1e-3, abs=1e-5)
 

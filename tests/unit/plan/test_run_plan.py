@@ -121,7 +121,7 @@ def test_gpu_shares(needed: list[str]) -> None:
     ("overrides", "machine", "told"),
     [
         (["algorithm.correction.name=tsi"], LAPTOP, "algorithm.correction.name"),
-        (["algorithm.advantage.name=gae"], LAPTOP, "algorithm.advantage.name"),
+        (["algorithm.advantage.name=gea"], LAPTOP, "use one of dr_grpo, gae, grpo"),
         (["algorithm.policy_loss.name=nope"], LAPTOP, "algorithm.policy_loss.name"),
         (["algorithm.correction.name=os.path:dirname"], LAPTOP, "name='os.path:dirname' cannot be called with"),
         (["algorithm.advantage.name=os:getpid"], LAPTOP, "cannot be called with (groups, config)"),
@@ -222,3 +222,19 @@ def test_a_cut_distribution_is_told_since_the_learner_s_is_whole(needed: list[st
     assert not any("cut the distribution" in warning for warning in plan(needed).warnings)
     for override in ("rollout.top_p=0.9", "rollout.top_k=5"):
         assert any("cut the distribution" in warning for warning in plan([*needed, override]).warnings)
+
+
+def test_a_critic_takes_the_memory_of_a_second_learner_that_runs_after_the_first(needed: list[str], tmp_path: Path) -> None:
+    from transformers import Qwen2Config
+
+    bfloat16 = [*needed, "learner.dtype=bfloat16", "learner.num_ranks=2", "learner.zero_stage=1"]
+    alone, same = plan(bfloat16).learner, plan([*bfloat16, "algorithm=ppo"]).learner
+    size = plan(bfloat16).model.num_parameters + 64 + 1  # tied: the output layer is the embedding; a head of its own
+    assert same.critic == 2 * size + 4 * size + 12 * size // 2 + 2 * size  # weights, gradients, optimizer, reduce bucket
+    assert same.on_device - alone.on_device == same.critic
+    Qwen2Config(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    deeper = plan([*bfloat16, "algorithm=ppo", f"critic.path={tmp_path}"]).learner
+    assert deeper.activations == 2 * alone.activations and deeper.critic > same.critic
+    assert deeper.on_device == alone.on_device + alone.activations + deeper.critic

@@ -80,9 +80,9 @@ class World:
                    for value in values]  # fmt: skip
         return ScoredGroup(group=group, rewards=results)
 
-    async def train_step(self, samples):
+    async def train_step(self, samples, trains_policy):
         assert self.lock.locked()
-        self.events.append(f"train {len(samples)}")
+        self.events.append(f"train {len(samples)}" if trains_policy else "train the critic")
         return {"policy/loss": Mean(0.5)}, {"time/update_s": 0.0}
 
     async def publish(self, version):
@@ -236,6 +236,18 @@ def test_an_iteration_without_anything_to_train_stops_the_run_by_a_guard(tmp_pat
         with pytest.raises(GuardStop, match="iteration 0 has nothing to train: .*rollout.max_response_tokens=1024"):
             await world.loop.run()
         await world.producer.close()
+
+    asyncio.run(scenario())
+
+
+def test_the_policy_joins_after_the_critic_s_warm_up_and_versions_go_on_all_the_while(tmp_path):
+    async def scenario():
+        world = World(tmp_path)
+        world.config.critic.num_warmup_iterations = 2
+        await world.loop.run()
+        await world.producer.close()
+        told = [event for event in world.events if event.startswith(("train", "publish"))]
+        assert told[1:] == ["train the critic", "publish 1", "train the critic", "publish 2", "train 4", "publish 3"]
 
     asyncio.run(scenario())
 
