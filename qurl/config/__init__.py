@@ -15,6 +15,7 @@ from qurl.config.algorithm import (
 )
 from qurl.config.critic import CriticConfig
 from qurl.config.data import DataConfig, DatasetConfig, OverlongPrompts
+from qurl.config.guard import GuardAction, GuardConfig
 from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig
 from qurl.config.probe import ProbeConfig
@@ -27,7 +28,8 @@ from qurl.config.sync import SyncConfig
 __all__ = [
     "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig",
     "CriticConfig", "DataConfig", "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "Fp8BlockConfig",
-    "Fp8Config", "Int8Config", "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig",
-    "ModelConfig", "Mxfp4Config", "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "ProbeConfig", "QuantizationConfig",
-    "Rejection", "RewardConfig", "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+    "Fp8Config", "GuardAction", "GuardConfig", "Int8Config", "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig",
+    "LearnerDtype", "LoggingConfig", "ModelConfig", "Mxfp4Config", "OverlongConfig", "OverlongPrompts", "PolicyLossConfig",
+    "ProbeConfig", "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig", "StageConfig", "SyncConfig",
+    "TrainConfig", "UpdateAwareness", "WandbMode",
 ]

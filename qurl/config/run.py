@@ -8,6 +8,7 @@ from enum import Enum
 from qurl.config.algorithm import AlgorithmConfig
 from qurl.config.critic import CriticConfig
 from qurl.config.data import DataConfig
+from qurl.config.guard import GuardConfig
 from qurl.config.learner import LearnerConfig
 from qurl.config.model import ModelConfig
 from qurl.config.probe import ProbeConfig
@@ -95,6 +96,7 @@ class TrainConfig:
     sync: SyncConfig = field(default_factory=SyncConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -21,6 +21,7 @@ from qurl.config.algorithm import (
 )
 from qurl.config.critic import CriticConfig
 from qurl.config.data import DataConfig
+from qurl.config.guard import GuardAction, GuardConfig
 from qurl.config.learner import LearnerConfig
 from qurl.config.probe import ProbeConfig
 from qurl.config.quantization import QuantizationConfig, UpdateAwareness
@@ -61,6 +62,7 @@ def validate(config: TrainConfig) -> None:
     _sync(config.sync)
     _reward(config.reward)
     _probe(config.probe)
+    _guard(config.guard, config.quantization)
     _evaluation(config.evaluation)
     _periphery(config.checkpoint, config.cluster, config.logging)
     _batch(config)
@@ -249,6 +251,21 @@ def _reward(config: RewardConfig) -> None:
 def _probe(config: ProbeConfig) -> None:
     _at_least(0, "probe.", config, "every_steps")
     _at_least(1, "probe.", config, "num_samples")
+
+
+def _guard(config: GuardConfig, quantization: QuantizationConfig) -> None:
+    for name, low in (("max_kl", 0), ("max_ratio", 1), ("max_repetition", 0)):
+        value = getattr(config, name)
+        works = f"null or a number > {low}"
+        _require(value is None or (math.isfinite(value) and value > low), f"guard.{name}", value, works)
+    _at_least(1, "guard.", config, "recovery_steps")
+    fraction = config.recovery_fraction
+    _require(0 < fraction <= 1, "guard.recovery_fraction", fraction, "a number in (0, 1]")
+    is_idle = config.action is not GuardAction.warn and not config.has_limit
+    _require(not is_idle, "guard.action", config.action.name, "guard.max_kl, max_ratio or max_repetition with it, or warn")
+    falls_back = config.action is GuardAction.full_precision
+    is_quantized = quantization.format != "none"
+    _require(is_quantized or not falls_back, "guard.action", "full_precision", "warn or stop with quantization=none")
 
 
 def _evaluation(config: EvaluationConfig) -> None:

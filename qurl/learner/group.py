@@ -136,6 +136,10 @@ class LearnerGroup:
         """Stream all weights to the engines as `version`; full: whole tensors only. Raises SyncError, LearnerDied."""
         return merge_send_reports(await self._call_all("send_weights", version, list(engines), full))
 
+    async def set_full_precision(self, is_on: bool) -> None:
+        """Whether the weights are sent without encoding from now on, to engines that were started without quantization."""
+        await self._call_all("set_full_precision", is_on)
+
     async def decoded_weights(self, start: int, count: int) -> dict[str, Any]:
         """Linear modules as engines must hold them, decoded; see Learner."""
         return (await self._call_all("decoded_weights", start, count))[0]

@@ -282,6 +282,10 @@ class Learner:
             for _ in tensors:  # after an error, still take part in gathering, or the other ranks would wait forever
                 pass
 
+    def set_full_precision(self, is_on: bool) -> None:
+        """Whether the weights are sent without encoding from now on."""
+        self._sender.set_full_precision(is_on)
+
     def decoded_weights(self, start: int, count: int) -> dict[str, Tensor]:
         """What an engine must hold after send_weights: `count` linear modules from position `start` on, going round, decoded to
         float32. All ranks call it; each returns all of them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from qurl.config.guard import GuardAction, GuardConfig
 from qurl.config.learner import LearnerDtype
 from qurl.config.run import TrainConfig
 from qurl.hardware import Hardware
@@ -83,7 +84,12 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
 
 def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], machine: Hardware, device: str) -> int:
     """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits are held decoded, in four bytes a weight, and
-    so is INT8 on a CPU without instructions for it where activations are not bfloat16."""
+    so is INT8 on a CPU without instructions for it where activations are not bfloat16. The larger of the two where guard may have
+    the engine hold them without quantization."""
+    if config.guard.action is GuardAction.full_precision and targets:
+        ordinary = replace(config, guard=GuardConfig())
+        quantized = engine_weight_bytes(ordinary, model, targets, machine, device)
+        return max(quantized, wire_bytes(config, model, frozenset()))
     on_wire = wire_bytes(config, model, targets)
     quantization = FORMATS[config.quantization.format]
     is_wide = quantization.name == "int8" and config.rollout.dtype != "bfloat16" and device == "cpu"

@@ -62,6 +62,7 @@ class RolloutPool:
         self._run_seed = run_seed
         self._decode = decode
         self._engines: list[_Engine] = []
+        self._joining: set[_Engine] = set()  # successors that are not yet among _engines
         self._queue: list[_Work] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._room = asyncio.Event()
@@ -75,10 +76,23 @@ class RolloutPool:
 
     async def start(self) -> None:
         """Start all engines side by side and wait until they answer. Raises what the first failing one raised."""
+        self._engines = await self._started_engines()
+        self._spawn(self._watch())
+
+    async def restart(self, start_actor: Callable[[str], Any]) -> None:
+        """Replace all engines by those that `start_actor` starts, now and later. They wait for weights; prompts under way are
+        dispatched again. None of it counts as a loss. Raises what the first failing one raised."""
+        for engine in [*self._engines, *self._joining]:
+            engine.lost.set()
+            ray.kill(engine.handle)
+        self._engines, self._start_actor = [], start_actor
+        self._joining.clear()
+        self._engines = await self._started_engines()
+
+    async def _started_engines(self) -> list[_Engine]:
         engines = [self._new_engine() for _ in range(self._config.num_engines)]
         await asyncio.gather(*(_as_future(engine.handle.start.remote()) for engine in engines))
-        self._engines = engines
-        self._spawn(self._watch())
+        return engines
 
     async def close(self) -> None:
         """Stop the tasks and kill the engines."""
@@ -220,14 +234,18 @@ class RolloutPool:
 
     async def _replace(self) -> None:
         engine = self._new_engine()
+        self._joining.add(engine)
         try:
             await engine.handle.start.remote()
             assert self.refresh is not None, "the trainer sets refresh before anything is sampled"
             await self.refresh(engine.handle, lambda: self._adopt(engine))
         except (RayError, RuntimeError) as error:
             self._lose(engine, f"it did not start ({one_line(remote_cause(error))})")
+        finally:
+            self._joining.discard(engine)
 
     def _adopt(self, engine: _Engine) -> None:
+        self._joining.discard(engine)
         engine.ready = True
         self._engines.append(engine)
         logger.warning("engine %s has taken over", engine.engine_id)

@@ -93,6 +93,7 @@ class WeightSender:
         self._format = quantization_format
         self.targets = targets if quantization_format.name != UNQUANTIZED else frozenset()
         self._wire_dtype = wire_dtype
+        self._full_precision = False
         self._rank = rank
         self._rounding_seed = rounding_seed
         self._version = 0  # sent last
@@ -139,7 +140,7 @@ class WeightSender:
 
     def decoded(self, module: str, weight: Tensor) -> Tensor:
         """What an engine holds of a module's weight once it was sent, decoded; float32 on the CPU."""
-        if module in self.targets:
+        if self._is_encoded(module):
             return self._format.decode(self._codes(module, weight.detach().float())).float().cpu()
         return weight.detach().to(self._wire_dtype).float().cpu()
 
@@ -147,7 +148,22 @@ class WeightSender:
         """What an engine computes in a module of `targets` once its weight was sent; [..., O] in x's dtype."""
         return self._format.linear(x, self._codes(module, weight.detach().float()), bias)
 
+    def set_full_precision(self, is_on: bool) -> None:
+        """Whether the versions from now on are sent without encoding, as engines without quantization hold them. Such an engine and
+        one with it cannot follow each other's updates; what changes and deltas are told from is forgotten."""
+        if is_on == self._full_precision:
+            return
+        self._full_precision = is_on
+        self._previous.clear()
+        self._previous_version = None
+        self._sqnr_db.clear()
+        if self._update_noise is not None:
+            self._update_noise = UpdateNoise()
+
     # ---- encoding ---------------------------------------------------------------------------------------------------
+
+    def _is_encoded(self, module: str) -> bool:
+        return module in self.targets and not self._full_precision
 
     def _buckets(
         self, version: int, base_version: int | None, tensors: Iterable[tuple[str, Tensor]], progress: _Progress
@@ -176,7 +192,7 @@ class WeightSender:
     def _encode(self, name: str, tensor: Tensor, measure: bool, progress: _Progress) -> dict[str, Tensor]:
         """Wire tensors by full name. measure: look at this weight's error again."""
         module, _, parameter = name.rpartition(".")
-        if parameter != "weight" or module not in self.targets:
+        if parameter != "weight" or not self._is_encoded(module):
             return {name: tensor.detach().to(self._wire_dtype) if tensor.is_floating_point() else tensor.detach()}
         weight = tensor.detach().float()
         wire = self._codes(module, weight)

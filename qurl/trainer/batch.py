@@ -10,6 +10,7 @@ from qurl.config import AlgorithmConfig, OverlongConfig
 from qurl.errors import GuardStop
 from qurl.observability.metrics import Last, Max, Mean, Metric, Sum
 from qurl.plug import resolve
+from qurl.trainer.repetition import ends_in_loop
 from qurl.types import Rollout, RolloutGroup, ScoredGroup, TrainingSample
 
 
@@ -104,6 +105,7 @@ def rollout_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, Me
         "rollout/response_length_mean": Mean(statistics.fmean(lengths), weight=len(lengths)),
         "rollout/response_length_max": Max(max(lengths)),
         "rollout/truncated_fraction": Mean(statistics.fmean(r.finish_reason == "length" for r in rollouts), weight=len(rollouts)),
+        "rollout/repetition_fraction": Mean(statistics.fmean(ends_in_loop(r.token_ids) for r in rollouts), weight=len(rollouts)),
         "rollout/staleness_max": Max(max((version - r.weight_version for r in rollouts if r.token_ids), default=0)),
         "sync/weight_version": Last(version),
     }

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from qurl.config import TrainConfig
+from qurl.config import GuardAction, TrainConfig
 from qurl.errors import GuardStop
 from qurl.learner.group import LearnerGroup
 from qurl.observability.metrics import Last, Max, Mean, Metric, Sum, reduce_metrics
@@ -22,6 +22,7 @@ from qurl.observability.timeline import Timeline
 from qurl.rollout.pool import RolloutPool
 from qurl.trainer.batch import check_reward_errors, overlong_metrics, rollout_metrics, spread_out, training_samples
 from qurl.trainer.checkpoint import Checkpoints
+from qurl.trainer.guard import Guard
 from qurl.trainer.interrupt import Interrupted, or_interrupt
 from qurl.trainer.producer import Batch, Producer
 from qurl.trainer.weights import PublishedWeights
@@ -43,6 +44,7 @@ class TrainingLoop:
     checkpoints: Checkpoints
     log: RunLogger
     timeline: Timeline
+    guard: Guard
     interrupt: asyncio.Event
     completed: int
     evaluate: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, dict[str, float]]] | None
@@ -72,10 +74,13 @@ class TrainingLoop:
         reports = [rollout_metrics(sampled, version=step), self._pool_metrics(batch)]
         if self.config.stages:
             reports.append({"rollout/stage": Last(self.config.stage_at(step))})
+        if self.config.guard.action is GuardAction.full_precision:
+            reports.append({"rollout/full_precision": Last(self.guard.full_precision)})
         if self.config.algorithm.dynamic_sampling.enabled:
             reports.append(self._dynamic_sampling(step, groups, batch))
         async with self.weights.lock:
             reports.append(await self._train(step, groups))
+            stop = await self._ask_guard(step, reduce_metrics(reports))
             reports.append(await self._publish(step + 1))
         self.completed, self._untrained = step + 1, None
         self.log.record_rollouts(step, groups)
@@ -83,8 +88,10 @@ class TrainingLoop:
         await self.weights.announce()  # after the evaluation, which thus has the engines to itself where max_staleness=0
         self.log.log_step(step, reduce_metrics(reports) | evaluated | self.timeline.end_step())
         self.timeline.begin_step(step + 1)
-        if self._due(self.config.checkpoint.every_steps):  # after the log: a step that a checkpoint counts is in metrics.jsonl
+        if stop or self._due(self.config.checkpoint.every_steps):  # after the log: a step that it counts is in metrics.jsonl
             await self.checkpoint()
+        if stop:
+            raise GuardStop(stop)
 
     def _tell_stage(self, step: int) -> None:
         stage = self.config.stage_at(step)
@@ -111,11 +118,20 @@ class TrainingLoop:
                             "prompts and the reward function")  # fmt: skip
         probe = self.config.probe
         metrics = {}
-        if probe.every_steps and step % probe.every_steps == 0:
+        if self.guard.full_precision or (probe.every_steps and step % probe.every_steps == 0):
             metrics = await self._timed(self.learner.probe(spread_out(samples, probe.num_samples), version=step))
         trains_policy = step >= self.config.critic.num_warmup_iterations
         metrics |= await self._timed(self.learner.train_step(samples, trains_policy))
         return metrics | overlong_metrics(groups, self.config.algorithm.overlong, limit)
+
+    async def _ask_guard(self, step: int, metrics: dict[str, float]) -> str | None:
+        """Why the run must stop after this iteration; None: it goes on, from engines as the guard wants them."""
+        before = self.guard.full_precision
+        stop = self.guard.judge(step, metrics)
+        if self.guard.full_precision is not before:
+            with self.timeline.span("sync"):
+                await self.weights.switch(self.guard.full_precision)
+        return stop
 
     async def _timed(self, work: Awaitable[tuple[dict[str, Metric], dict[str, float]]]) -> dict[str, Metric]:
         """Metrics of a call of the learner's, whose seconds are accounted."""
@@ -142,7 +158,7 @@ class TrainingLoop:
         """Write the state after `completed` iterations; a batch that was not trained is sampled again on resume."""
         self.log.stage("checkpoint")
         stream_state = self._untrained.stream_state if self._untrained else self.producer.stream_state()
-        state = {"step": self.completed, "stream": stream_state, "logger": self.log.state_dict()}
+        state = {"step": self.completed, "stream": stream_state, "guard": self.guard.state_dict(), "logger": self.log.state_dict()}
         with self.timeline.span("checkpoint"):
             folder = await self.checkpoints.save(self.completed, state, self.learner.save_checkpoint)
         logger.info("checkpoint %s", folder)

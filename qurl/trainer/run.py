@@ -131,21 +131,25 @@ async def _train(
 ) -> int:
     from qurl.rollout.pool import training_sampling
     from qurl.trainer.evaluate import evaluate, evaluation_sampling
+    from qurl.trainer.guard import Guard
     from qurl.trainer.loop import TrainingLoop
     from qurl.trainer.producer import Producer
-    from qurl.trainer.start import started_parts
+    from qurl.trainer.start import engine_starter, started_parts
     from qurl.trainer.weights import PublishedWeights
 
-    completed = 0
+    completed, guard = 0, Guard(config.guard)
     if state is not None:
         completed = state["step"]
+        guard.load_state_dict(state["guard"])
         log.load_state_dict(state["logger"])
         logger.info("going on after step %d of %s", completed, run_dir)
     interrupt = asyncio.Event()
     on_signal(interrupt)
     timeline = Timeline(run_dir / "timeline.json")
-    async with started_parts(config, run_dir, ray_logs, tokenizer, resume_from, interrupt) as (learner, pool, rewards):
-        weights = PublishedWeights(config.sync, learner, pool)
+    async with started_parts(
+        config, run_dir, ray_logs, tokenizer, resume_from, interrupt, full_precision=guard.full_precision
+    ) as (learner, pool, rewards):
+        weights = PublishedWeights(config.sync, learner, pool, partial(engine_starter, config))
 
         def sample(prompt: Prompt, step: int) -> Coroutine[Any, Any, RolloutGroup]:
             rollout = config.rollout_at(step)
@@ -175,7 +179,7 @@ async def _train(
         )
         loop = TrainingLoop(
             config=config, learner=learner, pool=pool, weights=weights, producer=producer, checkpoints=checkpoints, log=log,
-            timeline=timeline, interrupt=interrupt, completed=completed, evaluate=evaluator if evaluation else None,
+            timeline=timeline, guard=guard, interrupt=interrupt, completed=completed, evaluate=evaluator if evaluation else None,
         )  # fmt: skip
         try:
             await loop.run()

@@ -13,8 +13,9 @@ from qurl.config import TrainConfig
 from qurl.config.plain import flat, resolved
 from qurl.errors import ConfigError
 
-FREE_KEYS = frozenset({"num_steps", "run_name", "output_dir", "logging", "probe", "evaluation", "checkpoint", "cluster"})
-"""What may differ between the command that started a run and the one that resumes it: nothing of it changes what is learned."""
+FREE_KEYS = frozenset({"num_steps", "run_name", "output_dir", "logging", "probe", "guard", "evaluation", "checkpoint", "cluster"})
+"""What may differ between the command that started a run and the one that resumes it: nothing of it changes what is
+learned, but for a guard's answer, which is for a person to change."""
 
 
 class RunFolder:

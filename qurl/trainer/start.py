@@ -8,14 +8,14 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from qurl.config import TrainConfig
+from qurl.config import QuantizationConfig, TrainConfig
 from qurl.config.placement import Placement, place
 from qurl.errors import ConfigError, one_line, remote_cause
 from qurl.learner.group import LearnerGroup
@@ -70,16 +70,24 @@ def _probe(address: str | None) -> None:
 
 @contextlib.asynccontextmanager
 async def started_parts(
-    config: TrainConfig, run_dir: Path, ray_logs: Path, tokenizer: Any, resume_from: Path | None, interrupt: asyncio.Event
+    config: TrainConfig,
+    run_dir: Path,
+    ray_logs: Path,
+    tokenizer: Any,
+    resume_from: Path | None,
+    interrupt: asyncio.Event,
+    *,
+    full_precision: bool = False,
 ) -> AsyncIterator[tuple[LearnerGroup, RolloutPool, RewardPool]]:
-    """Learner (with the checkpoint's state), pool (engines up, without weights) and reward pool.
+    """Learner (with the checkpoint's state), pool (engines up, without weights) and reward pool. full_precision: of the weights
+    that the learner sends and the engines take.
 
     Raises Interrupted where `interrupt` comes first, ValueError for what the user must change, else RuntimeError."""
     placement = place(config)
     learner = _learner(config, placement, run_dir)
     pool = RolloutPool(
         config.rollout,
-        lambda engine_id: _start_engine(config, placement, engine_id),
+        engine_starter(config, full_precision),
         run_seed=config.seed,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
     )
@@ -91,6 +99,7 @@ async def started_parts(
         if resume_from is not None:
             with naming(f"checkpoint {resume_from} was not loaded", ray_logs):
                 await learner.load_checkpoint(resume_from)
+        await learner.set_full_precision(full_precision)
 
     async def start_pool() -> None:
         with naming("the rollout engine did not start", ray_logs):
@@ -141,11 +150,13 @@ def _transport(config: TrainConfig, placement: Placement) -> str:
     return choose_transport(config.sync.transport, device=placement.device, colocate=config.cluster.colocate)
 
 
-def _start_engine(config: TrainConfig, placement: Placement, engine_id: str) -> Any:
-    return start_engine_actor(
+def engine_starter(config: TrainConfig, full_precision: bool) -> Callable[[str], Any]:
+    """What starts an engine of the pool: as config.quantization says, or without any."""
+    placement = place(config)
+    return lambda engine_id: start_engine_actor(
         config.model,
         config.rollout,
-        config.quantization,
+        QuantizationConfig() if full_precision else config.quantization,
         engine_id=engine_id,
         max_model_len=config.longest_tokens,
         seed=config.seed,

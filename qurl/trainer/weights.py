@@ -24,7 +24,14 @@ class PublishedWeights:
     The learner trains and publishes under the lock; a replaced engine is brought up to date under the same lock. So an engine
     only ever receives weights of the published version, and none that joins is left out of the next update."""
 
-    def __init__(self, config: SyncConfig, learner: LearnerGroup, pool: RolloutPool):
+    def __init__(
+        self,
+        config: SyncConfig,
+        learner: LearnerGroup,
+        pool: RolloutPool,
+        engine_starter: Callable[[bool], Callable[[str], Any]],
+    ):
+        """engine_starter: what starts engines of the pool, by whether they sample in full precision."""
         self.version = -1  # nothing published yet
         self._announced = -1
         self.lock = asyncio.Lock()
@@ -32,6 +39,7 @@ class PublishedWeights:
         self._config = config
         self._learner = learner
         self._pool = pool
+        self._engine_starter = engine_starter
         pool.refresh = self.refresh
 
     async def publish(self, version: int) -> dict[str, Metric]:
@@ -42,6 +50,12 @@ class PublishedWeights:
         self.version = version
         self._pool.mark_ready(failed)
         return report.metrics
+
+    async def switch(self, full_precision: bool) -> None:
+        """Have the pool sample from full-precision weights, or from quantized ones again, from the next `publish` on; the caller
+        holds the lock. A running engine has kernels and memory for one of the two alone, so each makes way for another."""
+        await self._learner.set_full_precision(full_precision)
+        await self._pool.restart(self._engine_starter(full_precision))
 
     async def announce(self) -> None:
         """Let the producer hear of the published version."""

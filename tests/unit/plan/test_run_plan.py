@@ -39,6 +39,13 @@ def test_batch_arithmetic(needed: list[str]) -> None:
     assert batch.num_optimizer_steps == 40
 
 
+def test_a_guard_that_falls_back_plans_engines_that_hold_full_precision(needed: list[str]) -> None:
+    falls_back = plan([*needed, "quantization=int8", "guard.action=full_precision", "guard.max_kl=0.01"])
+    int8, none = (plan([*needed, f"quantization={name}"]) for name in ("int8", "none"))
+    assert int8.engine.weights < none.engine.weights == falls_back.engine.weights
+    assert falls_back.wire_bytes == int8.wire_bytes
+
+
 def test_parameters_and_wire_bytes_match_the_real_model_and_its_encoding(needed: list[str], model_dir: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -214,6 +214,55 @@ def test_the_pool_gives_up_after_max_engine_restarts(monkeypatch):
     asyncio.run(scenario())
 
 
+def test_a_restart_replaces_every_engine_and_loses_no_prompt(monkeypatch):
+    async def scenario():
+        async with Bench(monkeypatch, num_engines=2) as bench:
+            work = [bench.ask("a"), bench.ask("b")]
+            await until(lambda: all(engine.requests for engine in bench.engines))
+            others = []
+
+            def start_other(engine_id):
+                others.append(FakeEngine(engine_id))
+                others[-1].release.set()
+                return others[-1]
+
+            await bench.pool.restart(start_other)
+            assert all(engine.dead.is_set() for engine in bench.engines) and len(others) == 2
+            assert bench.pool.handles == others and not any(engine.requests for engine in others)  # they have no weights yet
+            bench.pool.mark_ready([])
+            groups = await asyncio.gather(*work)
+            assert {r.engine_id for g in groups for r in g.rollouts} <= {"2", "3"}
+            assert bench.pool.num_restarts == 0 and bench.pool.take_redispatched() == 2
+            others[0].dead.set()
+            await until(lambda: len(others) == 3 and len(bench.pool.handles) == 2)  # the watcher replaces it by one of its kind
+            assert len(bench.engines) == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_successor_that_is_still_starting_does_not_join_after_a_restart(monkeypatch):
+    async def scenario():
+        async with Bench(monkeypatch, num_engines=1) as bench:
+            may_refresh = asyncio.Event()
+
+            async def refresh(handle, adopt):
+                await may_refresh.wait()  # as for the lock that the caller of restart holds
+                if handle.dead.is_set():
+                    raise RuntimeError("the new engine rejected the published weights")
+                adopt()
+
+            bench.pool.refresh = refresh
+            bench.engines[0].dead.set()
+            await until(lambda: len(bench.engines) == 2)
+            await bench.pool.restart(bench._start)
+            may_refresh.set()
+            await asyncio.sleep(0.05)
+            assert bench.pool.handles == [bench.engines[2]] and len(bench.engines) == 3
+            assert bench.pool.num_restarts == 1
+
+    asyncio.run(scenario())
+
+
 def test_seeds_differ_between_samples_prompts_and_runs_and_repeat_otherwise():
     seeds = {sample_seed(run, name, index) for run in (0, 1) for name in ("a", "b") for index in range(4)}
     assert len(seeds) == 16

@@ -52,6 +52,25 @@ def test_buckets_are_bounded_and_keep_the_tensors_of_a_weight_together():
         assert all({f"{m}.weight", f"{m}.weight_scale"} <= set(names) for m in modules if m in LINEARS)
 
 
+@pytest.mark.parametrize("delta", [False, True])
+def test_full_precision_sends_what_an_engine_without_quantization_holds(delta):
+    sender, engine, weights = make_sender("int8", delta=delta), LocalEngine(), make_weights()
+    for version, is_on in enumerate([False, True, True, False, False], start=1):
+        if version in (2, 4):
+            engine = LocalEngine()
+        weights = nudge(weights, seed=version)
+        sender.set_full_precision(is_on)
+        report = update(sender, engine, version, weights)
+        assert same_bits(engine.installer.tensors, encoded(weights, "none" if is_on else "int8"))
+        assert (report.sqnr_min_db is None) is is_on
+        assert (report.num_codes > 0) is (version == 5)  # after a switch there is nothing to compare with
+        weight, sent = weights[f"{LINEARS[0]}.weight"], encoded(weights, "none" if is_on else "int8")
+        codes = {suffix: sent.get(f"{LINEARS[0]}.{suffix}") for suffix in ("weight", "weight_scale")}
+        assert sender.decoded(LINEARS[0], weight).equal(FORMATS["none" if is_on else "int8"].decode(codes))
+        x = torch.eye(weight.shape[1])
+        assert sender.linear(LINEARS[0], x, weight, None).equal(FORMATS["int8"].linear(x, FORMATS["int8"].encode(weight)))
+
+
 def test_only_floating_point_tensors_are_cast():
     engine = LocalEngine()
     update(make_sender(), engine, 1, {"steps": torch.arange(3), "norm.bias": torch.ones(2, dtype=torch.float64)})

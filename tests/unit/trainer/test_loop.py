@@ -6,16 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from qurl.config import StageConfig, TrainConfig
+from qurl.config import GuardAction, GuardConfig, StageConfig, TrainConfig
 from qurl.errors import GuardStop
 from qurl.observability.metrics import Mean
 from qurl.observability.timeline import Timeline
 from qurl.trainer import loop as loop_module
 from qurl.trainer.checkpoint import Checkpoints
+from qurl.trainer.guard import Guard
 from qurl.trainer.loop import Interrupted, TrainingLoop
 from qurl.trainer.producer import Producer
 from qurl.trainer.run import _dynamic_sampling
 from qurl.types import Prompt, RewardResult, Rollout, RolloutGroup, ScoredGroup
+
+OFF = {"full_precision": False, "num_clean": 0}  # the guard's state
 
 
 class Stream:
@@ -34,7 +37,8 @@ class Stream:
 class World:
     """Learner, pool, weights and log at once; `events` is what happened, in order."""
 
-    def __init__(self, tmp_path, *, fail_rewards=False, hold=None, num_steps=3, dynamic=False, equal=(), stages=(), **changes):
+    def __init__(self, tmp_path, *, fail_rewards=False, hold=None, num_steps=3, dynamic=False, equal=(), stages=(), guard=None,
+                 **changes):
         self.events: list[str] = []
         self.logged: list[dict[str, float]] = []
         self.num_restarts = 0
@@ -52,6 +56,8 @@ class World:
         self.config.algorithm.dynamic_sampling.enabled = dynamic
         self.config.algorithm.dynamic_sampling.max_generations = 2
         self.equal = equal  # prompts whose rewards are
+        self.config.guard = guard or GuardConfig()
+        self.kl = [0.001] * num_steps  # mismatch/kl_rollout_old of each iteration, and what a probe finds
         self.interrupt = asyncio.Event()
         self.producer = Producer(
             stream=Stream(), num_prompts_per_step=lambda step: self.config.rollout_at(step).num_prompts_per_step, max_staleness=0,
@@ -61,7 +67,8 @@ class World:
         self.checkpoints = Checkpoints(tmp_path, keep_last=2)
         self.loop = TrainingLoop(
             config=self.config, learner=self, pool=self, weights=self, producer=self.producer, checkpoints=self.checkpoints,
-            log=self, timeline=Timeline(tmp_path / "timeline.json"), interrupt=self.interrupt, completed=0, evaluate=self.evaluate,
+            log=self, timeline=Timeline(tmp_path / "timeline.json"), guard=Guard(self.config.guard), interrupt=self.interrupt,
+            completed=0, evaluate=self.evaluate,
         )  # fmt: skip
 
     async def sample(self, prompt, step):
@@ -83,7 +90,16 @@ class World:
     async def train_step(self, samples, trains_policy):
         assert self.lock.locked()
         self.events.append(f"train {len(samples)}" if trains_policy else "train the critic")
-        return {"policy/loss": Mean(0.5)}, {"time/update_s": 0.0}
+        return {"policy/loss": Mean(0.5), "mismatch/kl_rollout_old": Mean(self.kl[self.version])}, {"time/update_s": 0.0}
+
+    async def probe(self, samples, version):
+        assert self.lock.locked() and version == self.version
+        self.events.append(f"probe {len(samples)}")
+        return {"mismatch/quantization_kl": Mean(self.kl[version])}, {"time/probe_s": 0.0}
+
+    async def switch(self, full_precision):
+        assert self.lock.locked()
+        self.events.append("to full precision" if full_precision else "to quantized")
 
     async def publish(self, version):
         self.events.append(f"publish {version}")
@@ -119,6 +135,10 @@ class World:
     def waiting_for(self): return "engine 0 (4 samples)"
 
 
+def saved_state(world):
+    return world.checkpoints.state(world.checkpoints.latest())
+
+
 def test_each_version_is_published_before_it_samples_and_logged_before_it_is_saved(tmp_path):
     async def scenario():
         world = World(tmp_path)
@@ -130,7 +150,7 @@ def test_each_version_is_published_before_it_samples_and_logged_before_it_is_sav
             "sample p4 with 2", "sample p5 with 2", "train 4", "publish 3", "evaluate", "log 2", "save",
         ]  # fmt: skip
         assert world.logged[1]["eval/d/avg_at_k"] == 1.0 and world.logged[0]["policy/loss"] == 0.5
-        assert world.checkpoints.state(world.checkpoints.latest()) == {"step": 3, "stream": {"taken": 6}, "logger": {}}
+        assert saved_state(world) == {"step": 3, "stream": {"taken": 6}, "guard": OFF, "logger": {}}
 
     asyncio.run(scenario())
 
@@ -146,7 +166,7 @@ def test_an_interrupt_while_sampling_saves_what_is_trained_and_will_sample_the_s
             await run
         await world.producer.close()
         assert world.events[-1] == "save"
-        assert world.checkpoints.state(world.checkpoints.latest()) == {"step": 0, "stream": {"taken": 0}, "logger": {}}
+        assert saved_state(world) == {"step": 0, "stream": {"taken": 0}, "guard": OFF, "logger": {}}
 
     asyncio.run(scenario())
 
@@ -193,7 +213,7 @@ def test_dynamic_sampling_trains_informative_groups_and_reports_all_that_was_sam
         assert (logged["rollout/num_generations"], logged["rollout/num_trained_groups"]) == (2, 2)
         assert logged["rollout/discarded_fraction"] == logged["reward/informative_group_fraction"] == 0.5
         assert logged["reward/mean"] == 0.75 and world.recorded == ["p1", "p3"]
-        assert world.checkpoints.state(world.checkpoints.latest())["stream"] == {"taken": 4}
+        assert saved_state(world)["stream"] == {"taken": 4}
 
     asyncio.run(scenario())
 
@@ -262,8 +282,52 @@ def test_a_stage_begins_at_its_iteration_with_its_own_numbers(tmp_path, caplog):
         assert [event for event in world.events if event.startswith("train")] == ["train 4", "train 6", "train 6"]
         assert [row["rollout/stage"] for row in world.logged] == [0, 1, 2]
         assert [row["reward/overlong_penalty_mean"] for row in world.logged] == [0, 0, -1]  # of 1024, 1024 and 1 tokens
-        assert world.checkpoints.state(world.checkpoints.latest())["stream"] == {"taken": 8}
+        assert saved_state(world)["stream"] == {"taken": 8}
 
     with caplog.at_level(logging.INFO):
         asyncio.run(scenario())
     assert caplog.text.count("begins stage") == 2 and "iteration 2 begins stage 2" in caplog.text
+
+
+def test_a_probe_runs_before_the_update_of_every_so_many_iterations(tmp_path):
+    async def scenario():
+        world = World(tmp_path)
+        world.config.probe.every_steps, world.config.probe.num_samples = 2, 3
+        await world.loop.run()
+        await world.producer.close()
+        trained = [event for event in world.events if event.startswith(("probe", "train"))]
+        assert trained == ["probe 3", "train 4", "train 4", "probe 3", "train 4"]
+        assert [row.get("mismatch/quantization_kl") for row in world.logged] == [0.001, None, 0.001]
+
+    asyncio.run(scenario())
+
+
+def test_the_guard_stops_a_run_after_a_checkpoint_with_the_iterations_rollouts(tmp_path):
+    async def scenario():
+        world = World(tmp_path, guard=GuardConfig(action=GuardAction.stop, max_kl=0.01))
+        world.kl[0] = 0.02
+        with pytest.raises(GuardStop, match=r"iteration 0: mismatch/kl_rollout_old=0\.02 is above guard\.max_kl=0\.01; lower"):
+            await world.loop.run()
+        await world.producer.close()
+        assert world.events[-4:] == ["train 4", "publish 1", "log 0", "save"]
+        assert saved_state(world)["step"] == 1
+        assert world.recorded == ["p0", "p1"] and world.logged[0]["mismatch/kl_rollout_old"] == 0.02
+
+    asyncio.run(scenario())
+
+
+def test_the_guard_has_the_pool_sample_in_full_precision_and_probes_until_it_is_quantized_again(tmp_path):
+    async def scenario():
+        guard = GuardConfig(action=GuardAction.full_precision, max_kl=0.01, recovery_steps=2)
+        world = World(tmp_path, guard=guard, num_steps=5)
+        world.config.evaluation.every_steps = 0
+        world.kl[0] = 0.02
+        await world.loop.run()
+        await world.producer.close()
+        assert [event for event in world.events if not event.startswith(("sample", "eval", "log"))] == [
+            "publish 0", "train 4", "to full precision", "publish 1", "probe 4", "train 4", "publish 2", "save",
+            "probe 4", "train 4", "to quantized", "publish 3", "train 4", "publish 4", "save", "train 4", "publish 5", "save",
+        ]  # fmt: skip
+        assert [row["rollout/full_precision"] for row in world.logged] == [0, 1, 1, 0, 0]
+
+    asyncio.run(scenario())

@@ -1,0 +1,89 @@
+"""Looks at each iteration's mismatch and repetition, and answers where a limit of `guard` is passed.
+
+Falling back to full precision needs a way to tell when to return, and rollouts in full precision say nothing of quantized ones. The
+probe does: it computes what the quantized policy would make of the tokens that were sampled. So while the pool samples in full
+precision every iteration is probed, and the limits are held against quantization_kl and quantization_ratio_max in place of
+kl_rollout_old and ratio_max. Both lack the engine's own part, and the ratio is over fewer tokens; the distance between a limit and
+recovery_fraction of it covers that, and keeps the pool from going back and forth."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qurl.config import GuardAction, GuardConfig
+
+logger = logging.getLogger(__name__)
+
+LESS_NOISE = "lower learner.learning_rate, or keep sensitive layers in full precision with quantization.ignore"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Limit:
+    name: str  # in the guard group
+    value: float
+    sampled: str  # metric of what was sampled
+    would_be: str  # its counterpart for the quantized policy while the pool samples in full precision
+    advice: str
+
+
+class Guard:
+    """Decides alone; the loop acts. `full_precision` is how the pool has to sample from the next weight version on."""
+
+    def __init__(self, config: GuardConfig):
+        self._config = config
+        limits = [
+            ("max_kl", config.max_kl, "mismatch/kl_rollout_old", "mismatch/quantization_kl", LESS_NOISE),
+            ("max_ratio", config.max_ratio, "mismatch/ratio_max", "mismatch/quantization_ratio_max", LESS_NOISE),
+            ("max_repetition", config.max_repetition, *2 * ("rollout/repetition_fraction",),
+             f"look at rollouts/; if they loop with quantization=none too, training does it, else {LESS_NOISE}"),
+        ]  # fmt: skip
+        self._limits = [
+            _Limit(name=name, value=value, sampled=sampled, would_be=would_be, advice=advice)
+            for name, value, sampled, would_be, advice in limits if value is not None
+        ]  # fmt: skip
+        self._passed: set[str] = set()  # limits that the iteration before passed, told already
+        self._num_clean = 0  # iterations in a row that speak for going back
+        self.full_precision = False
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """Look at a trained iteration; why the run must stop, None where it goes on. A value that is NaN passes every limit."""
+        if self.full_precision:
+            self._consider_return(step, metrics)
+            return None
+        passed = [limit for limit in self._limits if not metrics[limit.sampled] <= limit.value]
+        told = [f"{limit.sampled}={metrics[limit.sampled]:.4g} is above guard.{limit.name}={limit.value:g}" for limit in passed]
+        advice = "; ".join(dict.fromkeys(limit.advice for limit in passed))
+        before, self._passed = self._passed, {limit.name for limit in passed}
+        if not passed:
+            return None
+        message = f"iteration {step}: {' and '.join(told)}"
+        if self._config.action is GuardAction.stop:
+            return f"{message}; {advice}, and go on from the checkpoint with a higher limit, or guard.action=full_precision"
+        if self._config.action is GuardAction.full_precision:
+            logger.warning("%s; the pool samples in full precision until %d iterations in a row are below %g of every limit",
+                           message, self._config.recovery_steps, self._config.recovery_fraction)  # fmt: skip
+            self.full_precision, self._num_clean = True, 0
+        elif self._passed - before:
+            logger.warning("%s; %s", message, advice)
+        return None
+
+    def _consider_return(self, step: int, metrics: Mapping[str, float]) -> None:
+        fraction = self._config.recovery_fraction
+        is_clean = all(metrics[limit.would_be] <= fraction * limit.value for limit in self._limits)
+        self._num_clean = self._num_clean + 1 if is_clean else 0
+        if self._num_clean >= self._config.recovery_steps:
+            logger.warning("iteration %d: %d iterations in a row were below %g of every limit of guard; the pool samples quantized "
+                           "again", step, self._num_clean, fraction)  # fmt: skip
+            self.full_precision, self._passed = False, set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"full_precision": self.full_precision, "num_clean": self._num_clean}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on inside a fallback, where guard.action still allows one."""
+        self.full_precision = state["full_precision"] and self._config.action is GuardAction.full_precision
+        self._num_clean = state["num_clean"]
