@@ -11,13 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-SHOWN = {  # what the console shows of METRICS
+SHOWN = {  # what the console shows of METRICS, where it was logged
     "reward": "reward/mean", "accuracy": "accuracy/train", "response tokens": "rollout/response_length_mean",
     "truncated": "rollout/truncated_fraction", "tokens/s": "rollout/tokens_per_s", "loss": "policy/loss",
     "entropy": "policy/entropy", "grad norm": "policy/grad_norm", "clipped high": "policy/clip_high_fraction",
     "critic explains": "critic/explained_variance",
     "KL rollout-old": "mismatch/kl_rollout_old", "ratio max": "mismatch/ratio_max",
-    "codes changed": "sync/changed_code_fraction", "step s": "time/step_s",
+    "quantization KL": "mismatch/quantization_kl", "engine KL": "mismatch/engine_kl", "staleness KL": "mismatch/staleness_kl",
+    "looping": "rollout/repetition_fraction", "full precision": "rollout/full_precision", "stage": "rollout/stage",
+    "batches sampled": "rollout/num_generations", "codes changed": "sync/changed_code_fraction",
+    "update / noise": "quantization/update_to_noise_mean", "step s": "time/step_s",
 }
 STAGE_COLORS = {
     "rollout": "blue", "reward": "cyan", "probe": "bright_magenta", "logprob": "magenta", "update": "green", "sync": "yellow",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +23,7 @@ STAGE_COLORS = {
 }
 LINE_STYLES = ("-", "--", ":", "-.")
 SYNC_PARTS = {"encode": "#009e73", "transfer": "#e69f00", "install": "#0072b2"}
+UPDATE_TO_NOISE = "quantization/update_to_noise/"
 SMOOTHING_FROM = 60  # points; a longer curve is drawn pale, with its running mean over it
 
 
@@ -39,18 +42,34 @@ PANELS = (
     Panel(title="Training accuracy", keys=("accuracy/train",)),
     Panel(title="Mismatch: KL(rollout || old)", keys=("mismatch/kl_rollout_old",), unit="nats per token", log=True),
     Panel(title="Mismatch: largest ratio old / rollout", keys=("mismatch/ratio_max",), log=True),
+    Panel(title="Mismatch in parts (probe)", unit="nats per token", log=True,
+          keys=("mismatch/quantization_kl", "mismatch/engine_kl", "mismatch/staleness_kl")),
+    Panel(title="Effective sample size of the weights", keys=("mismatch/ess_fraction",), unit="fraction"),
+    Panel(title="Pool in full precision (guard)", keys=("rollout/full_precision",)),
     Panel(title="Tokens cut by a clip bound", keys=("policy/clip_high_fraction", "policy/clip_low_fraction"), unit="fraction"),
     Panel(title="Tokens touched by truncation and ACR", unit="fraction",
-          keys=("mismatch/truncated_fraction", "acr/widened_fraction", "acr/changed_fraction")),
+          keys=("mismatch/truncated_fraction", "acr/widened_fraction", "acr/changed_fraction", "mismatch/rejected_fraction")),
+    Panel(title="Gradient in tokens that ACR changed", keys=("acr/changed_gradient_fraction",), unit="fraction"),
     Panel(title="Policy drift: KL(old || current)", keys=("policy/kl_old_current",), unit="nats per token", log=True),
+    Panel(title="KL to the reference", keys=("policy/kl_loss", "policy/kl_reward"), unit="nats per token"),
     Panel(title="Entropy", keys=("policy/entropy",), unit="nats per token"),
     Panel(title="Gradient norm", keys=("policy/grad_norm",), log=True),
     Panel(title="Variance of returns that the critic explains", keys=("critic/explained_variance",), unit="fraction"),
     Panel(title="Critic: clipped value loss", keys=("critic/loss",), log=True),
     Panel(title="Response length", keys=("rollout/response_length_mean",), unit="tokens"),
+    Panel(title="Responses that are cut or loop", unit="fraction",
+          keys=("rollout/truncated_fraction", "rollout/repetition_fraction", "rollout/filtered_fraction")),
+    Panel(title="Length penalty", keys=("reward/overlong_penalty_mean",)),
+    Panel(title="Groups whose rewards differ, and sampled groups that were not trained", unit="fraction",
+          keys=("reward/informative_group_fraction", "rollout/discarded_fraction")),
+    Panel(title="Batches sampled for an iteration", keys=("rollout/num_generations",)),
+    Panel(title="Stage", keys=("rollout/stage",)),
+    Panel(title="Staleness", keys=("rollout/staleness_max",), unit="weight versions"),
     Panel(title="Rollout speed", keys=("rollout/tokens_per_s",), unit="tokens per second"),
     Panel(title="Iteration", keys=("time/step_s",), unit="seconds"),
     Panel(title="Quantized codes changed per update", keys=("sync/changed_code_fraction",), unit="fraction", log=True),
+    Panel(title="Update beside quantization error", log=True,
+          keys=("quantization/update_to_noise_mean", "quantization/update_to_noise_min")),
 )  # fmt: skip
 
 
@@ -72,6 +91,29 @@ def curve_figure(panel: Panel, runs: Sequence[RunData], colors: Sequence[str]) -
     axes.set_ylabel(panel.unit)
     if several_runs or several_keys:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def update_noise_figure(run: RunData) -> Figure | None:
+    """|update| / |quantization error| of each matrix, mean over iterations: depth to the right, a line for each kind of layer. None
+    without sync.track_updates. Below 1 one update is smaller than the error that the rollout policy sees it through."""
+    kinds: dict[str, dict[int, float]] = {}
+    for key in sorted({key for record in run.metrics for key in record if key.startswith(UPDATE_TO_NOISE)}):
+        layer = re.search(r"\.(\d+)\.", key)
+        mean = run.mean(key)
+        if layer and mean is not None:
+            kinds.setdefault(key.rpartition(".")[2], {})[int(layer[1])] = mean
+    if not kinds:
+        return None
+    figure, axes = _figure(f"Update / quantization error by layer: {run.label}")
+    for (kind, ratios), color in zip(kinds.items(), cycle(RUN_COLORS), strict=False):
+        depths = sorted(ratios)
+        axes.plot(depths, [ratios[depth] for depth in depths], color=color, label=kind, marker="o", markersize=3, linewidth=1.2)
+    axes.axhline(1.0, color="#222222", linewidth=0.8, linestyle=":")
+    if all(ratio > 0 for ratios in kinds.values() for ratio in ratios.values()):
+        axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

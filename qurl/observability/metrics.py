@@ -137,12 +137,15 @@ METRICS: dict[str, str] = {
     "time/idle_s": "the rest: orchestration",
 }
 """Every key an iteration may log. Evaluations add `eval/<dataset>/` avg_at_k, response_length_mean, error_count and, with several
-samples per prompt, pass_at_k and maj_at_k."""
+samples per prompt, pass_at_k and maj_at_k; sync.track_updates adds `quantization/update_to_noise/<module>`."""
+
+FAMILIES = ("eval/", "quantization/update_to_noise/")
+"""What keys begin with whose end depends on the run."""
 
 
 def check_key(key: str) -> None:
     """Raises KeyError for a key that is not in the table."""
-    if key not in METRICS and not key.startswith("eval/"):
+    if key not in METRICS and not key.startswith(FAMILIES):
         raise KeyError(f"metric {key!r} is not in qurl.observability.metrics.METRICS; add it there with a description")
 
 

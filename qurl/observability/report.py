@@ -11,7 +11,16 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from qurl.observability.figures import PANELS, RUN_COLORS, Panel, curve_figure, sync_figure, time_figure, to_svg_uri
+from qurl.observability.figures import (
+    PANELS,
+    RUN_COLORS,
+    Panel,
+    curve_figure,
+    sync_figure,
+    time_figure,
+    to_svg_uri,
+    update_noise_figure,
+)
 from qurl.observability.run_data import RunData, load_runs
 
 LAST = 10  # iterations that "final" averages over
@@ -48,7 +57,7 @@ def _page(runs: Sequence[RunData]) -> str:
         _summary(runs, colors),
         _figures("Evaluation", (curve_figure(panel, runs, colors) for panel in _eval_panels(runs))),
         _figures("Training", (curve_figure(panel, runs, colors) for panel in PANELS)),
-        _figures("Time and weight updates", (time_figure(runs), sync_figure(runs))),
+        _figures("Time and weight updates", (time_figure(runs), sync_figure(runs), *map(update_noise_figure, runs))),
         _config_section(runs),
         *(_rollout_section(run) for run in runs if run.rollouts),
     ]

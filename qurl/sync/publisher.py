@@ -142,9 +142,10 @@ def _metrics(version: int, report: SendReport | None, install_s: float, retries:
         metrics["sync/bytes"] = Last(report.num_bytes)
         if report.num_codes:
             metrics["sync/changed_code_fraction"] = Mean(report.num_changed_codes / report.num_codes, weight=report.num_codes)
-        if ratios := report.update_to_noise.values():
-            metrics["quantization/update_to_noise_min"] = Min(min(ratios))
-            metrics["quantization/update_to_noise_mean"] = Mean(sum(ratios) / len(ratios), weight=len(ratios))
+        if ratios := report.update_to_noise:
+            metrics["quantization/update_to_noise_min"] = Min(min(ratios.values()))
+            metrics["quantization/update_to_noise_mean"] = Mean(sum(ratios.values()) / len(ratios), weight=len(ratios))
+            metrics |= {f"quantization/update_to_noise/{module}": Last(ratio) for module, ratio in ratios.items()}
         if report.sqnr_min_db is not None:
             metrics["quantization/sqnr_min_db"] = Min(report.sqnr_min_db)
     return metrics

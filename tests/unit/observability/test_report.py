@@ -6,7 +6,11 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from qurl.observability.console import SHOWN
+from qurl.observability.figures import LINE_STYLES, PANELS, update_noise_figure
+from qurl.observability.metrics import METRICS
 from qurl.observability.report import write_report
+from qurl.observability.run_data import load_runs
 from qurl.observability.step_log import StepLog
 
 
@@ -43,6 +47,26 @@ def test_the_page_is_self_contained_and_its_figures_are_svg(tmp_path):
         assert head == "data:image/svg+xml;base64"
         ElementTree.fromstring(base64.b64decode(data))
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_every_panel_shows_metrics_of_the_table_and_no_metric_twice():
+    keys = [key for panel in PANELS for key in panel.keys]
+    assert set(keys) | set(SHOWN.values()) <= METRICS.keys() and len(keys) == len(set(keys))
+    assert all(len(panel.keys) <= len(LINE_STYLES) for panel in PANELS)
+
+
+def test_updates_beside_the_quantization_error_are_drawn_by_depth_with_a_line_for_each_kind_of_layer(tmp_path):
+    log = StepLog(tmp_path / "a" / "metrics.jsonl")
+    for step, factor in enumerate((1.0, 3.0)):
+        log.append(step, {f"quantization/update_to_noise/model.layers.{layer}.mlp.{kind}": factor * (layer + 1)
+                          for layer in (2, 10) for kind in ("up_proj", "gate_proj")})  # fmt: skip
+    log.close()
+    [run] = load_runs([tmp_path / "a"])
+    [axes] = update_noise_figure(run).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines[:-1]}
+    assert lines == dict.fromkeys(("gate_proj", "up_proj"), [[2, 6], [10, 22]])
+    assert "Update / quantization error by layer: a" in page_of(tmp_path, tmp_path / "a")
+    assert update_noise_figure(load_runs([make_run(tmp_path / "b")])[0]) is None
 
 
 def test_rollouts_and_names_cannot_inject_markup(tmp_path):

@@ -25,6 +25,7 @@ def test_the_report_holds_the_ratio_of_every_matrix_as_computed_in_float64():
     metrics = reduce_metrics([_metrics(2, merge_send_reports([report]), 0.0, 0)])
     assert metrics["quantization/update_to_noise_min"] == min(report.update_to_noise.values())
     assert metrics["quantization/update_to_noise_mean"] == pytest.approx(sum(report.update_to_noise.values()) / len(LINEARS))
+    assert {module: metrics[f"quantization/update_to_noise/{module}"] for module in LINEARS} == report.update_to_noise
 
 
 def test_dividing_the_weights_by_s_multiplies_the_ratio_of_a_step_of_fixed_size_by_s():
