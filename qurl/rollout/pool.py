@@ -230,11 +230,12 @@ class RolloutPool:
                        f"{self._config.max_engine_restarts} is used up")  # fmt: skip
             return
         logger.warning("engine %s was lost: %s; starting another", engine.engine_id, reason)
-        self._spawn(self._replace())
+        successor = self._new_engine()
+        self._joining.add(successor)
+        self._spawn(self._join(successor))
 
-    async def _replace(self) -> None:
-        engine = self._new_engine()
-        self._joining.add(engine)
+    async def _join(self, engine: _Engine) -> None:
+        """Start a successor and have it take over, unless a restart makes it one too many."""
         try:
             await engine.handle.start.remote()
             assert self.refresh is not None, "the trainer sets refresh before anything is sampled"
