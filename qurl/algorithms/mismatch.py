@@ -36,7 +36,12 @@ def mismatch_metrics(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
 
 
 def mismatch_parts(
-    old_logprobs: Tensor, quantized_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, is_stale: Tensor
+    old_logprobs: Tensor,
+    quantized_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    is_stale: Tensor,
+    is_quantized: bool = True,
 ) -> dict[str, Metric]:
     """The gap between pi_rollout and pi_old in parts, by way of pi_q: the learner's forward at the weights of pi_old, but with the
     codes that were published and the format's rule for activations in every quantized layer.
@@ -59,12 +64,16 @@ def mismatch_parts(
     nearly independent draws, and engine_kl is about as large as quantization_kl. Engine and learner both in float32 leave
     engine_kl near 0.
 
+    is_quantized: False where the engines sampled from full-precision weights. Quantization is then what it would be, and engine and
+    staleness are told from pi_old.
+
     A part without tokens is left out. Log ratios are clamped to +-20; everything joins exactly over micro-batches and ranks."""
     old, quantized, rollout = (logprobs.detach() for logprobs in (old_logprobs, quantized_logprobs, rollout_logprobs))
     log_rho = clamped_log_ratio(old, quantized, mask)
     metrics: dict[str, Metric] = {"mismatch/quantization_ratio_max": Max(log_rho.exp().masked_fill(~mask, 0.0).max().item())}
-    terms = {"quantization": (old, quantized, mask), "engine": (quantized, rollout, mask & ~is_stale),
-             "staleness": (quantized, rollout, mask & is_stale)}  # fmt: skip
+    held = quantized if is_quantized else old
+    terms = {"quantization": (old, quantized, mask), "engine": (held, rollout, mask & ~is_stale),
+             "staleness": (held, rollout, mask & is_stale)}  # fmt: skip
     for name, (target, source, tokens) in terms.items():
         if tokens.any():
             log_ratio = clamped_log_ratio(target, source, tokens)

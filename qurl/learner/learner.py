@@ -176,7 +176,9 @@ class Learner:
             with quantized_arithmetic(self.model, self._sender):
                 quantized = self._logprobs(self._engine, batch)
             is_stale = spread([float(sample.weight_version < version) for sample in samples], batch) > 0
-            reports.append(mismatch_parts(old, quantized, batch.rollout_logprobs, batch.loss_mask, is_stale))
+            reports.append(mismatch_parts(
+                old, quantized, batch.rollout_logprobs, batch.loss_mask, is_stale, is_quantized=not self._sender.full_precision,
+            ))
         return StepResult(reports=reports, timings={"time/probe_s": time.perf_counter() - start})
 
     def _plan(self, mini_batches: Sequence[list[TrainingSample]]) -> list[_MiniBatch]:

@@ -93,7 +93,7 @@ class WeightSender:
         self._format = quantization_format
         self.targets = targets if quantization_format.name != UNQUANTIZED else frozenset()
         self._wire_dtype = wire_dtype
-        self._full_precision = False
+        self.full_precision = False  # see set_full_precision
         self._rank = rank
         self._rounding_seed = rounding_seed
         self._version = 0  # sent last
@@ -151,9 +151,9 @@ class WeightSender:
     def set_full_precision(self, is_on: bool) -> None:
         """Whether the versions from now on are sent without encoding, as engines without quantization hold them. Such an engine and
         one with it cannot follow each other's updates; what changes and deltas are told from is forgotten."""
-        if is_on == self._full_precision:
+        if is_on == self.full_precision:
             return
-        self._full_precision = is_on
+        self.full_precision = is_on
         self._previous.clear()
         self._previous_version = None
         self._sqnr_db.clear()
@@ -163,7 +163,7 @@ class WeightSender:
     # ---- encoding ---------------------------------------------------------------------------------------------------
 
     def _is_encoded(self, module: str) -> bool:
-        return module in self.targets and not self._full_precision
+        return module in self.targets and not self.full_precision
 
     def _buckets(
         self, version: int, base_version: int | None, tensors: Iterable[tuple[str, Tensor]], progress: _Progress

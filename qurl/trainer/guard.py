@@ -49,11 +49,14 @@ class Guard:
         self.full_precision = False
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Look at a trained iteration; why the run must stop, None where it goes on. A value that is NaN passes every limit."""
+        """Look at a trained iteration; why the run must stop, None where it goes on.
+
+        A value that is NaN passes every limit. One that is missing passes none: while the critic alone is trained nothing says how
+        far old is from rollout."""
         if self.full_precision:
             self._consider_return(step, metrics)
             return None
-        passed = [limit for limit in self._limits if not metrics[limit.sampled] <= limit.value]
+        passed = [limit for limit in self._limits if not metrics.get(limit.sampled, 0.0) <= limit.value]
         told = [f"{limit.sampled}={metrics[limit.sampled]:.4g} is above guard.{limit.name}={limit.value:g}" for limit in passed]
         advice = "; ".join(dict.fromkeys(limit.advice for limit in passed))
         before, self._passed = self._passed, {limit.name for limit in passed}

@@ -65,6 +65,15 @@ def test_where_the_engine_is_the_learner_all_is_quantization_and_without_it_all_
     assert "mismatch/staleness_kl" not in unquantized
 
 
+def test_of_engines_in_full_precision_quantization_is_what_it_would_be():
+    old, quantized, rollout, mask, is_stale = draw(seed=4)
+    found = mismatch_parts(old, quantized, rollout, mask, is_stale, is_quantized=False)
+    would_be = mismatch_parts(old, quantized, rollout, mask, is_stale)
+    unquantized = mismatch_parts(old, old, rollout, mask, is_stale)
+    assert {key for key in found if found[key] != would_be[key]} == {key for key in found if "quantization" not in key}
+    assert {key for key in found if found[key] != unquantized[key]} == {key for key in found if "quantization" in key}
+
+
 def test_masked_tokens_do_not_matter_and_no_tokens_are_no_part():
     old, quantized, rollout, mask, is_stale = draw(seed=3)
     spoiled = [x.masked_fill(~mask, math.nan) for x in (old, quantized, rollout)]

@@ -47,8 +47,9 @@ def test_every_limit_stops_the_run_when_it_is_passed_and_only_where_it_is_set(na
     assert make("stop", **{name: None}).judge(1, FINE | {key: value}) is None
 
 
-def test_the_limit_itself_is_within():
+def test_the_limit_itself_is_within_and_so_is_what_an_iteration_does_not_say():
     assert make("stop").judge(0, FINE | {"mismatch/kl_rollout_old": 0.01}) is None
+    assert make("stop").judge(0, {"rollout/repetition_fraction": 0.0}) is None
 
 
 def test_full_precision_lasts_until_the_quantized_policy_is_well_below_every_limit_for_some_iterations():
