@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from matplotlib import rc_context
 
 from qurl.ablation.figures import CURVES, arm_figure
-from qurl.ablation.summary import LAST_FRACTION, Result, differences, first_iteration, select, table
+from qurl.ablation.summary import LAST_FRACTION, Difference, Result, differences, first_iteration, select, table
 from qurl.ablation.trials import ARMS
 from qurl.observability.figures import to_svg_uri
 from qurl.observability.report import STYLE
@@ -40,20 +40,29 @@ def _settings(results: Sequence[Result], command: str) -> str:
 
 
 def _findings(results: Sequence[Result], formats: Sequence[str]) -> str:
-    found = differences(results, formats)
-    resolved = [difference.sentence() for difference in found if difference.resolved]
-    open_ones = [difference.sentence() for difference in found if not difference.resolved]
-    first = [sentence for name in formats if (sentence := first_iteration(results, name))]
     rule = (
-        "Differences of held-out accuracy of the trained policy, decoded greedily in full precision, paired by seed, with 95 % "
-        "intervals (Student's t). What is listed as supported leaves out zero. No correction is made for the number of "
-        "comparisons: about one in twenty leaves out zero by chance."
+        "Differences of held-out accuracy, greedy, paired by seed, with 95 % intervals (Student's t). What is listed as supported "
+        "leaves out zero. No correction is made for the number of comparisons: about one in twenty leaves out zero by chance."
     )
+    measures: dict[str, Callable[[Result], float | None]] = {
+        "The trained policy in full precision": lambda result: result.accuracy,
+        "The policy in the rollouts' own precision": lambda result: result.rollout_accuracy,
+    }
+    found = {title: differences(results, formats, measure) for title, measure in measures.items()}
+    first = [sentence for name in formats if (sentence := first_iteration(results, name))]
     return (
-        f"<h2>What the data supports</h2><p>{rule}</p>{_list(resolved) or '<p>No difference is resolved.</p>'}"
-        f"<h2>What it does not</h2>{_list(open_ones) or '<p>Every difference is resolved.</p>'}"
+        f"<h2>What the data supports</h2><p>{rule}</p>{_by_measure(found, is_resolved=True)}"
+        f"<h2>What it does not</h2>{_by_measure(found, is_resolved=False)}"
         f"{'<h2>Scaling before anything is learned</h2>' + _list(first) if first else ''}"
     )
+
+
+def _by_measure(found: Mapping[str, Sequence[Difference]], is_resolved: bool) -> str:
+    parts = []
+    for title, of_measure in found.items():
+        sentences = [difference.sentence() for difference in of_measure if difference.resolved is is_resolved]
+        parts.append(f"<p>{escape(title)}:</p>{_list(sentences) or '<p>Nothing.</p>'}")
+    return "".join(parts)
 
 
 def _of_format(results: Sequence[Result], name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qurl.ablation.outcomes import Outcome
@@ -18,8 +18,9 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """0.975 quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 COLUMNS = (
-    "arm", "held-out accuracy, %", "seeds", "collapsed", "training accuracy, last tenth, %", "KL(rollout || old), last tenth",
-    "largest ratio", "tokens with ratio > C, %", "ACR changed, % of tokens", "ACR changed, % of gradient",
+    "arm", "held-out, full precision, %", "seeds", "held-out, rollouts' precision, %", "collapsed",
+    "training accuracy, last tenth, %", "KL(rollout || old), last tenth", "largest ratio", "tokens with ratio > C, %",
+    "ACR changed, % of tokens", "ACR changed, % of gradient",
 )  # fmt: skip
 
 LAST_FRACTION = 0.1  # of the iterations, that "final" averages over
@@ -39,6 +40,14 @@ class Result:
         """Held-out, full precision, mean over datasets; None where a guard stopped the run before any checkpoint."""
         return statistics.fmean(self.outcome.accuracy.values()) if self.outcome.accuracy else None
 
+    @property
+    def rollout_accuracy(self) -> float | None:
+        """The same in the rollouts' own precision, by the run's last evaluation; None where a guard stopped the run before it."""
+        if self.outcome.stopped is not None or not self.run.evaluations:
+            return None
+        found = [value for key, value in self.run.evaluations[-1].items() if key.endswith("/avg_at_k")]
+        return statistics.fmean(found) if found else None
+
     def final(self, key: str) -> float | None:
         """Mean of a metric over the last tenth of the iterations."""
         return self.run.mean(key, max(1, round(LAST_FRACTION * len(self.run.metrics))))
@@ -54,7 +63,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Accuracy of `arm` minus that of `other`, paired by seed; in points of a percent."""
+    """A measure of `arm` minus that of `other`, paired by seed; in points of a percent."""
 
     format: str
     arm: str
@@ -90,13 +99,13 @@ def select(results: Sequence[Result], arm: str, format: str) -> list[Result]:
     return [result for result in results if (result.trial.arm, result.trial.format) == (arm, name)]
 
 
-def differences(results: Sequence[Result], formats: Sequence[str]) -> list[Difference]:
-    """Every comparison for which both arms have a common seed."""
+def differences(results: Sequence[Result], formats: Sequence[str], measure: Callable[[Result], float | None]) -> list[Difference]:
+    """Every comparison for which both arms have a common seed. measure: a fraction; runs where it is None are left out."""
     found = []
     for format in formats:
         for arm, other in COMPARISONS:
             by_seed = [
-                {r.trial.seed: 100 * r.accuracy for r in select(results, name, format) if r.accuracy is not None}
+                {r.trial.seed: 100 * value for r in select(results, name, format) if (value := measure(r)) is not None}
                 for name in (arm, other)
             ]
             pairs = [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0].keys() & by_seed[1].keys()]
@@ -139,6 +148,7 @@ def _row(found: Sequence[Result]) -> list[str]:
     return [
         over_seeds([result.accuracy for result in found], 100),
         ", ".join("–" if result.accuracy is None else f"{100 * result.accuracy:.1f}" for result in found),
+        over_seeds([result.rollout_accuracy for result in found], 100),
         f"{sum(result.collapsed for result in found)} of {len(found)}",
         over_seeds([result.final("accuracy/train") for result in found], 100),
         f"{statistics.fmean(kl):.2g}" if kl else "–",
