@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="Hugging Face folder, hub name, or run folder (its latest checkpoint)")
     add("--benchmarks", nargs="+", required=True, metavar="NAME", help="which, see below")
     add("--data", nargs="+", action="extend", metavar="NAME=FILE", help="a benchmark's problems from a local file")
-    add("--format", help="precision of the engines: none, int8, fp8, fp8_block or mxfp4; encoded while the model loads")
+    add("--format", help="precision of the engines: none, int8, fp8, fp8_block, mxfp4, ...; encoded while the model loads")
     add("--ignore", nargs="+", metavar="PATTERN", help="modules to keep in full precision")
     add("--samples", type=int, metavar="N", help="per problem")
     add("--k", type=int, nargs="+", metavar="K", help="of pass@k; default: the number of samples")

@@ -25,14 +25,36 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from qurl.config.quantization import Fp8BlockConfig, Fp8Config, Int8Config, Mxfp4Config, QuantizationConfig
+from qurl.config.quantization import (
+    Fp8BlockConfig,
+    Fp8Config,
+    Int4Config,
+    Int8Config,
+    LobcqConfig,
+    LobcqInt8Config,
+    LobcqW4a16Config,
+    Mxfp4Config,
+    Nf4Config,
+    Nvfp4Config,
+    QuantizationConfig,
+)
 from qurl.config.rollout import StageConfig
 from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
 
 SCHEMAS = {
-    "none": QuantizationConfig, "int8": Int8Config, "fp8": Fp8Config, "fp8_block": Fp8BlockConfig, "mxfp4": Mxfp4Config,
-}  # fmt: skip
+    "none": QuantizationConfig,
+    "int8": Int8Config,
+    "fp8": Fp8Config,
+    "fp8_block": Fp8BlockConfig,
+    "mxfp4": Mxfp4Config,
+    "nvfp4": Nvfp4Config,
+    "int4": Int4Config,
+    "nf4": Nf4Config,
+    "lobcq": LobcqConfig,
+    "lobcq_int8": LobcqInt8Config,
+    "lobcq_w4a16": LobcqW4a16Config,
+}
 """Options of the group `quantization` and their dataclasses."""
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -64,7 +86,7 @@ def compose(overrides: Sequence[str]) -> TrainConfig:
 
 
 def group_options(group: str) -> list[str]:
-    """Names that a configuration group accepts, e.g. `quantization` -> fp8, fp8_block, int8, mxfp4, none."""
+    """Names that a configuration group accepts, e.g. `quantization` -> fp8, fp8_block, int4, int8, ..."""
     return sorted(path.stem for path in (assets_dir("configs") / group).glob("*.yaml"))
 
 

@@ -139,7 +139,7 @@ def _precisions(machine: Hardware) -> Iterator[Finding]:
     yield _native("int8", machine.int8_instructions, "the right numbers, by floating-point products")
     yield _native("bf16", bf16, "consider rollout.engine_args.dtype=float32")
     yield Finding(Level.ok, "fp8, fp8_block", "emulated on every CPU: exact numbers, slow")
-    yield Finding(Level.ok, "mxfp4", "emulated everywhere: exact numbers, the speed of float32")
+    yield Finding(Level.ok, "formats of 4 bits", "emulated everywhere: exact numbers, the speed of float32")
 
 
 def _native(name: str, instructions: str, otherwise: str) -> Finding:

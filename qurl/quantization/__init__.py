@@ -6,12 +6,20 @@ from qurl.quantization.error_report import ErrorReport, MatrixError, error_repor
 from qurl.quantization.export import export_checkpoint
 from qurl.quantization.fp8 import Fp8
 from qurl.quantization.fp8_block import Fp8Block
+from qurl.quantization.int4 import Int4
 from qurl.quantization.int8 import Int8
 from qurl.quantization.invariant_scaling import fold_invariant_scaling, scaled_linear_weights
+from qurl.quantization.lobcq import Layout, LoBcq
 from qurl.quantization.mxfp4 import MxFp4
+from qurl.quantization.nf4 import Nf4
 from qurl.quantization.none import Unquantized
+from qurl.quantization.nvfp4 import NvFp4
 from qurl.quantization.rounding import rounding_generator
 from qurl.quantization.targets import select_targets
+
+LOBCQ_INT6 = "ea5438255a902adb8c968f66ccd7c0eb036851a707f1a7a7fab4ef9ced2070ca"
+LOBCQ_INT8 = "be78616fac93c1c31b7791fea86633858e75276e8dda968e3ead3a506b5360d0"
+"""Frozen codebooks, by the hash of their content: other ones are another format."""
 
 FORMATS: dict[str, QuantizationFormat] = {
     "none": Unquantized(),
@@ -19,6 +27,12 @@ FORMATS: dict[str, QuantizationFormat] = {
     "fp8": Fp8(),
     "fp8_block": Fp8Block(),
     "mxfp4": MxFp4(),
+    "nvfp4": NvFp4(),
+    "int4": Int4(),
+    "nf4": Nf4(),
+    "lobcq": LoBcq("lobcq", Layout(), LOBCQ_INT6),
+    "lobcq_int8": LoBcq("lobcq_int8", Layout(codeword_bits=8), LOBCQ_INT8),
+    "lobcq_w4a16": LoBcq("lobcq_w4a16", Layout(), LOBCQ_INT6, keeps_activations=True),
 }
 """Formats by the name that `quantization.format` takes."""
 

@@ -24,17 +24,18 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 class QuantizationFormat(ABC):
     """Weights and activations of one linear layer in low precision. O: output features, I: input features."""
 
-    name: ClassVar[str]
+    name: str
     scheme: ClassVar[dict[str, Any] | None] = None
-    """compressed-tensors' words for the format: `format`, `weights`, `input_activations`; None where it has none."""
+    """compressed-tensors' words for the format: `format`, `weights` and, unless activations stay as they are, `input_activations`;
+    None where it has none."""
     rounds_stochastically: ClassVar[bool] = False
     """Whether encode_stochastically works."""
-    block: ClassVar[tuple[int, int]] = (1, 1)
+    block: tuple[int, int] = (1, 1)
     """Rows and columns that share a scale, where it is not that of a whole row."""
     has_whole_blocks: ClassVar[bool] = False
     """Whether I must be a multiple of block[1]; else the last block of a row may be shorter."""
-    checkpoint_names: ClassVar[Mapping[str, str]] = {}
-    """Suffixes that are called otherwise in a compressed-tensors checkpoint."""
+    matrix_tensors: ClassVar[frozenset[str]] = frozenset()
+    """Suffixes of wire tensors that hold one number for the whole matrix, [1]; all others but "weight" have rows by `block`."""
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -72,16 +73,21 @@ class QuantizationFormat(ABC):
                 "quantization.ignore or use quantization=int8"
             )
 
+    def checkpoint_tensors(self, wire: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Wire tensors as a compressed-tensors checkpoint names and lays them out."""
+        return dict(wire)
+
     def compressed_tensors_config(self, ignore: Sequence[str]) -> dict[str, Any] | None:
         """`quantization_config` of a checkpoint's config.json; None where the checkpoint is an ordinary one.
 
         ignore: names of the modules that stay in full precision."""
         if self.scheme is None:
             return None
+        activations = self.scheme.get("input_activations")
         group = {
             "targets": ["Linear"],
             "weights": {"num_bits": 8, "symmetric": True, "dynamic": False, **self.scheme["weights"]},
-            "input_activations": {"num_bits": 8, "symmetric": True, "dynamic": True, **self.scheme["input_activations"]},
+            "input_activations": activations and {"num_bits": 8, "symmetric": True, "dynamic": True, **activations},
             "output_activations": None,
             "format": self.scheme["format"],
         }

@@ -39,9 +39,12 @@ def export_checkpoint(
     """Write `source` (a Hugging Face folder with safetensors, or a transformers model) to `out_dir`; returns the encoded modules.
 
     ignore: patterns of qurl.quantization.select_targets. Tensors of encoded modules are exactly those of
-    `quantization.encode`, by their `checkpoint_names`; all others keep their values and dtype. A model brings no tokenizer; a
+    `quantization.encode` and `checkpoint_tensors`; all others keep their values and dtype. A model brings no tokenizer; a
     folder's is copied. config.json is written last, so an interrupted export does not load.
-    Raises ValueError where the source is no such folder, already quantized or a mixture of experts, or out_dir is not empty."""
+    Raises ValueError where the source is no such folder, already quantized or a mixture of experts, out_dir is not empty or
+    compressed-tensors does not have the format."""
+    if quantization.scheme is None and quantization.name != "none":
+        raise ValueError(f"compressed-tensors has no {quantization.name}, so nothing but qurl's engines could load the checkpoint")
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not an empty folder; export to a new one")
@@ -132,8 +135,7 @@ def _encoded(
             wire = quantization.encode(tensor)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        names = quantization.checkpoint_names
-        yield from ((f"{module}.{names.get(suffix, suffix)}", wire_tensor) for suffix, wire_tensor in wire.items())
+        yield from ((f"{module}.{suffix}", part) for suffix, part in quantization.checkpoint_tensors(wire).items())
 
 
 def _write_shards(out_dir: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:

@@ -6,7 +6,6 @@ Nothing here multiplies 4-bit codes natively."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ class GroupedFormat(QuantizationFormat):
     """Groups of `block[1]` inputs, of which a weight must have a whole number."""
 
     has_whole_blocks = True
-    keeps_activations: ClassVar[bool] = False
+    keeps_activations: bool = False
     """Whether only weights are quantized."""
 
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,3 +50,8 @@ class GroupedFormat(QuantizationFormat):
         matrix = weight_matrix(weight)
         self.check_columns(matrix.shape[1])
         return self.grouped(matrix)
+
+
+def bfloat16_not_below(x: Tensor) -> Tensor:
+    """The smallest bfloat16 numbers that are at least x; x: float32, positive, normal."""
+    return ((x.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32).bfloat16()

@@ -29,7 +29,6 @@ class MxFp4(GroupedFormat):
     block = (1, GROUP)
     rounds_stochastically = True
     scheme = {"format": "mxfp4-pack-quantized", "weights": _ARGUMENTS, "input_activations": _ARGUMENTS}
-    checkpoint_names = {"weight": "weight_packed"}
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Codes and scales per group; ValueError for NaN, Inf or a number of inputs that is no multiple of 32."""
@@ -58,6 +57,10 @@ class MxFp4(GroupedFormat):
         scale = _scale_bytes(amax)
         codes = round_to_e2m1(groups * _reciprocal(scale)[..., None])
         return codes.flatten(-2), _power_of_two(scale).where(amax.isfinite(), torch.nan)
+
+    def checkpoint_tensors(self, wire: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The codes are called weight_packed."""
+        return {"weight_packed": wire["weight"], "weight_scale": wire["weight_scale"]}
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """4 and a byte per group."""

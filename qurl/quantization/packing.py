@@ -29,3 +29,18 @@ def look_up(packed: Tensor, values: Tensor) -> Tensor:
     values = values.to(packed.device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=1)  # [256, 2]
     return functional.embedding(packed.int(), pairs).flatten(-2)
+
+
+def pack_bits(values: Tensor, bits: int) -> Tensor:
+    """uint8 [R, n] below 2^bits -> uint8 [R, ceil(n * bits / 8)]: value i is bits i * bits and following of its row, the low one
+    first; what is left of the last byte is 0."""
+    stream = ((values[..., None] >> torch.arange(bits, dtype=torch.uint8, device=values.device)) & 1).flatten(-2)
+    padded = functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(-1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(dim=-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """uint8 [R, ceil(count * bits / 8)] -> uint8 [R, count], the inverse of pack_bits."""
+    stream = ((packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).flatten(-2)
+    groups = stream[:, : count * bits].unflatten(-1, (count, bits))
+    return (groups << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(dim=-1, dtype=torch.uint8)

@@ -46,7 +46,7 @@ def engine_args(format: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
 def quantization_config(format: str, ignore: Sequence[str] = (), *, encoded: bool = False) -> dict[str, Any]:
     """The `quantization_config` entry of config.json that selects this plugin.
 
-    encoded: the checkpoint already holds wire tensors (codes as "weight", float32 "weight_scale") for the quantized modules.
+    encoded: the checkpoint already holds wire tensors (codes as "weight", scales by their suffixes) for the quantized modules.
     Raises ValueError for an unknown format."""
     from qurl.quantization import FORMATS
 

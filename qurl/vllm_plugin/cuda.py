@@ -6,6 +6,7 @@ tensors, since it derives the logical width from what it sees."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class CudaChannelwise(CodeKernel):
         self.transposed_by_kernel = transposed_by_kernel
         self.code_shape = torch.Size()
 
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
+        codes, scale = rows["weight"], rows["weight_scale"]
         self.code_shape = codes.shape
         layer.register_parameter("weight", as_parameter(codes if self.transposed_by_kernel else codes.t()))
         layer.register_parameter("weight_scale", as_parameter(scale))
@@ -94,10 +96,10 @@ class CudaBlockwise(CodeKernel):
         self.kernel = kernel
         self.shape = shape
 
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
-        self.scale = scale
-        block_scale = torch.cat([part[::BLOCK] for part in scale.split(self.shape.partitions)])
-        layer.register_parameter("weight", as_parameter(codes))
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
+        self.scale = rows["weight_scale"]
+        block_scale = torch.cat([part[::BLOCK] for part in self.scale.split(self.shape.partitions)])
+        layer.register_parameter("weight", as_parameter(rows["weight"]))
         layer.register_parameter("weight_scale_inv", as_parameter(block_scale))
         self.kernel.process_weights_after_loading(layer)
 

@@ -95,8 +95,8 @@ class WeightInstaller:
             return
         self._stage(module_name)
         self._load(name, target, self._checked(name, leaf, module_name, tensor))
-        if all(self._missing_rows.get(f"{module_name}.{leaf}", 0) == 0 for leaf in ("weight", "weight_scale", "bias")):
-            module, method = self.linears[module_name]
+        module, method = self.linears[module_name]
+        if all(self._missing_rows.get(f"{module_name}.{leaf}", 0) == 0 for leaf in (*method.wire_rows(), "bias")):
             method.process_weights_after_loading(module)
 
     def _load(self, name: str, target: str, tensor: Tensor) -> None:

@@ -6,7 +6,7 @@
                GPU: vLLM's choice (CUTLASS first).
     fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
     fp8_block  the same.
-    mxfp4      everywhere: activations rounded to the format's numbers, times the decoded weight in float32.
+    4 bits     everywhere: activations rounded to the format's numbers, times the decoded weight in float32.
 
 The AMX kernel scales activations by 127/amax where oneDNN multiplies by 1/(amax/127): codes differ by one where a value lies
 exactly between two codes (some 4 of 10,000 values that come from bfloat16), and nowhere else.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,11 +50,10 @@ class LayerShape:
 
 
 class LinearKernel(ABC):
-    """Codes [O, I] (packed ones [O, I/2]) and scales [O, groups] of one layer, one row of scales per output feature whatever the
-    format's blocks."""
+    """One layer, whose weights come as `rows`: the wire tensors with one row per output feature, see `rows_of`."""
 
     @abstractmethod
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
         """Take new weights, packing them as needed. Reads layer.bias, which must have been loaded."""
 
     @abstractmethod
@@ -74,8 +73,8 @@ class CodeKernel(LinearKernel):
         """The codes and scales that `apply` works with."""
 
     def decoded(self, layer: Any, format: QuantizationFormat, partitions: Sequence[int]) -> list[Tensor]:
-        codes, scale = (tensor.split(list(partitions)) for tensor in self.read_back(layer))
-        return [format.decode(wire_of(format.name, c, s)) for c, s in zip(codes, scale, strict=True)]
+        codes, scale = self.read_back(layer)
+        return decode_parts(format, {"weight": codes, "weight_scale": scale}, partitions)
 
 
 def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> LinearKernel:
@@ -110,9 +109,9 @@ class AmxInt8(CodeKernel):
         self.shape = shape
         self.packed = self.scale = self.bias = torch.empty(0)
 
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
-        self.packed = _into(self.packed, compat.amx_int8_pack(codes))
-        self.scale = _into(self.scale, scale)
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
+        self.packed = _into(self.packed, compat.amx_int8_pack(rows["weight"]))
+        self.scale = _into(self.scale, rows["weight_scale"])
         bias = getattr(layer, "bias", None)
         if bias is not None:
             self.bias = _into(self.bias, bias.data.float())
@@ -135,9 +134,9 @@ class OneDnnInt8(CodeKernel):
         self.scale = self.handler_tensor = torch.empty(0)
         self.handler: Any = None
 
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
-        self.scale = _into(self.scale, scale)
-        self.handler = compat.onednn_int8_handler(codes, self.scale, self.shape.dtype)
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
+        self.scale = _into(self.scale, rows["weight_scale"])
+        self.handler = compat.onednn_int8_handler(rows["weight"], self.scale, self.shape.dtype)
         self.handler_tensor = self.handler.handler_tensor
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -163,9 +162,9 @@ class FloatingInt8(CodeKernel):
     def sums(self, codes: Tensor) -> Tensor:
         """Activation codes int8 [T, I] times weight codes: [T, O], bfloat16 or float32."""
 
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
-        self.codes = _into(self.codes, codes.to(self.HELD))
-        self.scale = _into(self.scale, scale)
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
+        self.codes = _into(self.codes, rows["weight"].to(self.HELD))
+        self.scale = _into(self.scale, rows["weight_scale"])
         self.row_scale = self.scale.view(1, -1)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,9 +216,9 @@ class Emulation(CodeKernel):
         self.partitions = list(shape.partitions)
         self.codes = self.scale = torch.empty(0)
 
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
-        self.codes = _into(self.codes, codes)
-        self.scale = _into(self.scale, scale)
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
+        self.codes = _into(self.codes, rows["weight"])
+        self.scale = _into(self.scale, rows["weight_scale"])
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.qurl.emulated_linear(x, self.codes, self.scale, bias, self.format_name, self.partitions)
@@ -233,8 +232,8 @@ def _emulated_linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, partitions: Sequence[int]
 ) -> Tensor:
     """An operator of its own, so that a compiler leaves the arithmetic alone."""
-    matrices = zip(codes.split(partitions), scale.split(partitions), strict=True)
-    out = torch.cat([FORMATS[format].linear(x.float(), wire_of(format, c, s)) for c, s in matrices], dim=-1)
+    matrices = split_wire(FORMATS[format], {"weight": codes, "weight_scale": scale}, partitions)
+    out = torch.cat([FORMATS[format].linear(x.float(), wire) for wire in matrices], dim=-1)
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
@@ -252,9 +251,8 @@ class Decoded(LinearKernel):
         self.shape = shape
         self.weight = torch.empty(0)
 
-    def load(self, layer: Any, codes: Tensor, scale: Tensor) -> None:
-        parts = zip(codes.split(self.shape.partitions), scale.split(self.shape.partitions), strict=True)
-        self.weight = _into(self.weight, torch.cat([self.format.decode(wire_of(self.format.name, c, s)) for c, s in parts]))
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
+        self.weight = _into(self.weight, torch.cat(decode_parts(self.format, rows, self.shape.partitions)))
         layer.register_parameter("weight", as_parameter(self.weight))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -277,19 +275,40 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def row_block(format: str) -> int:
-    """Rows of one Hugging Face matrix that share a row of scales on the wire."""
-    return FORMATS[format].block[0]
+def num_wire_rows(format: QuantizationFormat, name: str, rows: int) -> int:
+    """Rows of the wire tensor `name` of a matrix that has so many."""
+    if name in format.matrix_tensors:
+        return 1
+    return rows if name == "weight" else -(-rows // format.block[0])
 
 
-def scale_per_row(format: str, scale: Tensor, rows: int) -> Tensor:
-    """Wire scales [ceil(rows / block), groups] of one matrix -> [rows, groups]."""
-    return scale.repeat_interleave(row_block(format), dim=0)[:rows]
+def rows_of(format: QuantizationFormat, name: str, tensor: Tensor, rows: int) -> Tensor:
+    """The wire tensor `name` of a matrix with one row per output feature, so that it shards and fuses like the codes."""
+    if name in format.matrix_tensors:
+        return tensor.view(1, 1).expand(rows, 1)
+    return tensor if name == "weight" else tensor.repeat_interleave(format.block[0], dim=0)[:rows]
 
 
-def wire_of(format: str, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """Wire tensors of one matrix, from its codes and its scales per row: the inverse of scale_per_row."""
-    return {"weight": codes, "weight_scale": scale[:: row_block(format)]}
+def wire_of(format: QuantizationFormat, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Wire tensors of one matrix: the inverse of rows_of."""
+    wire = {}
+    for name, tensor in rows.items():
+        if name in format.matrix_tensors:
+            wire[name] = tensor[0]
+        else:
+            wire[name] = tensor if name == "weight" else tensor[:: format.block[0]]
+    return wire
+
+
+def split_wire(format: QuantizationFormat, rows: Mapping[str, Tensor], partitions: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Wire tensors of each of the fused matrices."""
+    parts = {name: tensor.split(list(partitions)) for name, tensor in rows.items()}
+    return [wire_of(format, {name: part[i] for name, part in parts.items()}) for i in range(len(partitions))]
+
+
+def decode_parts(format: QuantizationFormat, rows: Mapping[str, Tensor], partitions: Sequence[int]) -> list[Tensor]:
+    """float32 [rows, I] of each of the fused matrices."""
+    return [format.decode(wire) for wire in split_wire(format, rows, partitions)]
 
 
 def _into(storage: Tensor, value: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ On a GPU a captured CUDA graph reads the storage of the first live parameters, s
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,14 +24,10 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.packing import is_packed, pack, unpack
 from qurl.vllm_plugin.compat import full_output_sizes, keep_shard, shard_index
-from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, row_block, scale_per_row, select_kernel
+from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, num_wire_rows, rows_of, select_kernel
 
 if TYPE_CHECKING:
     from qurl.vllm_plugin.config import QurlConfig
-
-NOT_LOADED = 0xFF
-"""A byte that fills scales which did not come yet: NaN in float32, E4M3 and E8M0."""
-
 
 @register_weight_loader_v2_supported_method
 class QurlLinearMethod(UnquantizedLinearMethod):
@@ -43,6 +41,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         self.names = names  # Hugging Face modules, in the order of their rows
         self.format: QuantizationFormat | None = None
         self.kernel: LinearKernel | None = None
+        self._loaded_rows: Counter[str] = Counter()  # that came so far for each wire tensor but the codes
         self._graph_storage: dict[str, Tensor] = {}  # of live parameters on a GPU
 
     def create_weights(
@@ -71,9 +70,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         layer.logical_widths = output_partition_sizes  # vLLM's kernels read it
         self._stage_matrix(layer, "weight", params_dtype, self.shape.columns)
         if self.config.encoded:  # codes, unpacked, are exact in every floating dtype
-            scale = self._wire_row(self.shape.columns)["weight_scale"]
-            self._stage_matrix(layer, "weight_scale", scale.dtype, scale.shape[1])
-            layer.weight_scale.data.view(torch.uint8).fill_(NOT_LOADED)
+            self._stage_wire(layer, skip="weight")
 
     def stage(self, layer: Any) -> None:
         """Prepare a live layer for the wire tensors of its format (or the weight, for none)."""
@@ -81,8 +78,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         if self.format.name == "none":
             self._stage_matrix(layer, "weight", self.shape.dtype, self.shape.columns)
         else:
-            for name, row in self._wire_row(self.shape.columns).items():
-                self._stage_matrix(layer, name, row.dtype, row.shape[1])
+            self._stage_wire(layer)
         layer.update_param_tp_status()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -94,10 +90,11 @@ class QurlLinearMethod(UnquantizedLinearMethod):
             super().process_weights_after_loading(layer)
         else:
             self.kernel = self.kernel or select_kernel(self.format, layer, self.shape)
-            codes, scale = self._startup_codes(layer) if is_first else (layer.weight.data, layer.weight_scale.data)
-            for name in ("weight", "weight_scale"):
+            names = list(self._wire_row(1))
+            rows = self._startup_rows(layer) if is_first else {name: layer.get_parameter(name).data for name in names}
+            for name in names:
                 layer.register_parameter(name, None)
-            self.kernel.load(layer, codes, scale)
+            self.kernel.load(layer, rows)
         if self.shape.device.type != "cpu":
             self._keep_storage(layer)
 
@@ -114,29 +111,32 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         return self.kernel.decoded(layer, self.format, self.shape.partitions)
 
     def wire_dtype(self, name: str) -> torch.dtype:
-        """Of the tensor "weight" or "weight_scale" on the wire."""
+        """Of the tensor `name` on the wire."""
         return self._wire_row(1)[name].dtype
 
     def wire_rows(self) -> dict[str, int]:
         """Rows that an update brings for each parameter of the weight, over all ranks and fused matrices."""
         assert self.format is not None
-        rows = {"weight": sum(self.full_sizes)}
-        if self.format.name != "none":
-            block = row_block(self.format.name)
-            rows["weight_scale"] = sum(-(-size // block) for size in self.full_sizes)
-        return rows
+        names = ["weight"] if self.format.name == "none" else list(self._wire_row(1))
+        return {name: sum(num_wire_rows(self.format, name, size) for size in self.full_sizes) for name in names}
 
     def _wire_row(self, columns: int) -> dict[str, Tensor]:
-        """Wire tensors of a weight of one row and so many columns, or the next more that the format can encode."""
+        """Wire tensors of a weight of one row and so many columns, or the next more that the format can encode, one row each."""
         rounded = -(-columns // self._column_block) * self._column_block
-        return self.config.format.encode(torch.zeros(1, rounded))
+        wire = self.config.format.encode(torch.ones(1, rounded))
+        return {name: rows_of(self.config.format, name, tensor, 1) for name, tensor in wire.items()}
 
     @property
     def _column_block(self) -> int:
         return self.config.format.block[1] if self.config.format.has_whole_blocks else 1
 
     def _check_sharding(self, is_column_sharded: bool) -> None:
-        """Blocks of scales must not straddle tensor-parallel ranks."""
+        """Blocks of scales must not straddle tensor-parallel ranks, nor must a whole matrix that has one."""
+        if self.config.format.matrix_tensors and (is_column_sharded or self.full_columns != self.shape.columns):
+            raise ValueError(
+                f"rollout.tensor_parallel_size must be 1 with quantization.format={self.config.format.name}, which has a scale for "
+                "the whole of a weight; use quantization.format=mxfp4"
+            )
         rows, columns = self.config.format.block
         is_cut = is_column_sharded and any(part % rows for part in self.shape.partitions)
         if is_cut or (self.full_columns != self.shape.columns and self.shape.columns % columns):
@@ -146,13 +146,19 @@ class QurlLinearMethod(UnquantizedLinearMethod):
                 f"{rows} x {columns} as {self.config.format.name} needs; use fewer ranks or quantization.format=fp8"
             )
 
+    def _stage_wire(self, layer: Any, skip: str = "") -> None:
+        """Register empty parameters for the wire tensors but `skip`."""
+        for name, row in self._wire_row(self.shape.columns).items():
+            if name != skip:
+                self._stage_matrix(layer, name, row.dtype, row.shape[1])
+
     def _stage_matrix(self, layer: Any, name: str, dtype: torch.dtype, columns: int) -> None:
         """Register an empty [O, columns] parameter that the model's loaders can fill."""
         data = torch.empty((self.shape.rows, columns), dtype=dtype, device=self.shape.device)
-        loader = self._load_scale if name == "weight_scale" else self._load_codes
+        loader = self._load_codes if name == "weight" else partial(self._load_scale, name)
         arguments: dict[str, Any] = {"data": data, "output_dim": 0, "weight_loader": loader}
         parameter: nn.Parameter
-        if name == "weight_scale" and self._wire_row(self.full_columns)[name].shape[1] == 1:
+        if name != "weight" and self._wire_row(self.full_columns)[name].shape[1] == 1:
             parameter = ChannelQuantScaleParameter(**arguments)  # not divided over ranks with the columns
         else:
             parameter = ModelWeightParameter(input_dim=1, **arguments)
@@ -165,33 +171,33 @@ class QurlLinearMethod(UnquantizedLinearMethod):
             tensor = keep_shard(unpack(tensor), tensor)
         self.loader(parameter, tensor, *arguments)
 
-    def _load_scale(self, parameter: nn.Parameter, tensor: Tensor, *arguments: Any) -> None:
-        """Weight loader for wire scales: one row of scales per row of the matrix, so that they shard and fuse like the codes."""
+    def _load_scale(self, name: str, parameter: nn.Parameter, tensor: Tensor, *arguments: Any) -> None:
+        """Weight loader for the wire tensor `name`, which is not "weight"."""
         shard = shard_index(tensor, arguments)
         rows = sum(self.full_sizes) if shard is None else self.full_sizes[shard]
-        self.loader(parameter, keep_shard(scale_per_row(self.config.format.name, tensor, rows), tensor), *arguments)
+        self._loaded_rows[name] += rows
+        self.loader(parameter, keep_shard(rows_of(self.config.format, name, tensor, rows), tensor), *arguments)
 
-    def _startup_codes(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """Codes [O, I] and scales per row [O, groups] from the staged checkpoint."""
+    def _startup_rows(self, layer: Any) -> dict[str, Tensor]:
+        """The kernel's rows from the staged checkpoint."""
         weight = layer.weight.data
         if self.config.encoded:
-            scale = layer.weight_scale.data
-            if (scale.view(torch.uint8) == NOT_LOADED).view(*scale.shape, -1).all(dim=-1).any():
-                raise ValueError(f"the checkpoint has no weight_scale for all of {', '.join(self.names)}; it is not an encoded one")
             codes = weight.to(self.wire_dtype("weight"))
-            return pack(codes) if is_packed(codes) else codes, scale
-        wires = [self._encode(part) for part in weight.split(self.shape.partitions)]
-        return torch.cat([codes for codes, _ in wires]), torch.cat([scale for _, scale in wires])
+            scales = {name: layer.get_parameter(name).data for name in self._wire_row(1) if name != "weight"}
+            for name in (name for name in scales if self._loaded_rows[name] < sum(self.full_sizes)):
+                raise ValueError(f"the checkpoint has no {name} for all of {', '.join(self.names)}; it is not an encoded one")
+            return {"weight": pack(codes) if is_packed(codes) else codes, **scales}
+        parts = [self._encode(part) for part in weight.split(self.shape.partitions)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _encode(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """One Hugging Face matrix (this rank's part), with the scales of the whole matrix."""
-        if self.full_columns == self.shape.columns:
-            wire = self.config.format.encode(matrix)
-            return wire["weight"], scale_per_row(self.config.format.name, wire["weight_scale"], len(matrix))
-        wire = self.config.format.encode(tensor_model_parallel_all_gather(matrix.contiguous(), dim=1))
-        scale = scale_per_row(self.config.format.name, wire["weight_scale"], len(matrix))
-        own = {name: row.shape[1] for name, row in self._wire_row(self.shape.columns).items()}
-        return _own_columns(wire["weight"], own["weight"]), _own_columns(scale, own["weight_scale"])
+    def _encode(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Rows of one Hugging Face matrix (this rank's part), with the scales of the whole matrix."""
+        if self.full_columns != self.shape.columns:
+            matrix = tensor_model_parallel_all_gather(matrix.contiguous(), dim=1)
+        wire = self.config.format.encode(matrix)
+        rows = {name: rows_of(self.config.format, name, tensor, len(matrix)) for name, tensor in wire.items()}
+        own = self._wire_row(self.shape.columns)
+        return {name: _own_columns(tensor, own[name].shape[1]) for name, tensor in rows.items()}
 
     def _keep_storage(self, layer: Any) -> None:
         """Move the live parameters into the storage of the first ones."""

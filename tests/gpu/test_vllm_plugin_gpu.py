@@ -57,7 +57,7 @@ def generate(llm):
             for out in outputs]  # fmt: skip
 
 
-@pytest.mark.parametrize("format", ["none", "int8", "fp8", "fp8_block", "mxfp4"])
+@pytest.mark.parametrize("format", ["none", "int8", "fp8", "fp8_block", "mxfp4", "lobcq"])
 def test_an_update_reaches_captured_graphs_and_equals_a_fresh_engine(tmp_path, format):
     write_model(tmp_path / "old", 0)
     new = write_model(tmp_path / "new", 1)
@@ -77,7 +77,7 @@ def test_an_update_reaches_captured_graphs_and_equals_a_fresh_engine(tmp_path, f
     torch.testing.assert_close(fresh_installer.read_back([name])[name].cpu(), FORMATS[format].decode(wire), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("format", ["int8", "fp8", "fp8_block", "mxfp4"])
+@pytest.mark.parametrize("format", ["int8", "fp8", "fp8_block", "mxfp4", "lobcq"])
 def test_a_fused_layer_computes_what_the_format_says(tmp_path, format):
     parameters = write_model(tmp_path / "model", 0)
     _, installer = start(tmp_path / "model", format)

@@ -17,8 +17,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(next(builder.WheelBuilder(str(ROOT)).build(directory=str(out), versions=["standard"])))
 
 
-def test_the_wheel_holds_every_preset_and_recipe(wheel: Path) -> None:
+def test_the_wheel_holds_every_preset_recipe_and_codebook(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
+    codebooks = {f"qurl/quantization/lobcq/data/{path.name}" for path in (ROOT / "qurl/quantization/lobcq/data").iterdir()}
+    assert codebooks and codebooks <= names
     for folder, packed in (("configs", "qurl/_configs"), ("recipes", "qurl/_recipes")):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".yaml", ".py", ".md"}:

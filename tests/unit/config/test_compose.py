@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qurl.config import Fp8BlockConfig, Int8Config, Mxfp4Config, QuantizationConfig, TrainConfig
-from qurl.config.compose import assets_dir, compose, load_config
+from qurl.config import Fp8BlockConfig, TrainConfig
+from qurl.config.compose import SCHEMAS, assets_dir, compose, load_config
 from qurl.config.validate import validate
 from qurl.errors import ConfigError
+from qurl.quantization import FORMATS
 
 NEEDED = ["model.path=some/model", "data.train.path=some/data"]
 GROUP_FILES = sorted(assets_dir("configs").glob("*/*.yaml"))
@@ -33,8 +34,10 @@ def test_every_yaml_of_a_recipe_composes_and_validates(path: Path) -> None:
 
 
 def test_options_of_quantization_are_their_own_dataclasses() -> None:
-    kinds = {name: type(compose([*NEEDED, f"quantization={name}"]).quantization) for name in ("none", "int8", "fp8_block", "mxfp4")}
-    assert kinds == {"none": QuantizationConfig, "int8": Int8Config, "fp8_block": Fp8BlockConfig, "mxfp4": Mxfp4Config}
+    assert SCHEMAS.keys() == FORMATS.keys()
+    for name, kind in SCHEMAS.items():
+        chosen = compose([*NEEDED, f"quantization={name}"]).quantization
+        assert type(chosen) is kind and chosen.format == name
 
 
 def test_keys_below_dictionaries_need_no_plus_and_merge() -> None:
@@ -79,7 +82,7 @@ def test_the_saved_configuration_of_a_run_composes_to_itself(tmp_path: Path) -> 
         ("+typo=1", "unknown key 'typo'"),
         ("++rollout.typo=1", "rollout has rollout.engine_args"),
         ("temperature=1", "evaluation.temperature or rollout.temperature"),
-        ("quantization=int9", "use one of fp8, fp8_block, int8, mxfp4, none"),
+        ("quantization=int9", "use one of fp8, fp8_block, int4, int8, lobcq, lobcq_int8, lobcq_w4a16, mxfp4, nf4, none, nvfp4"),
         ("quantization=null", "use one of fp8"),
         ("quantisation=int8", "did you mean quantization"),
         ("+model=gpt", "is not an option"),

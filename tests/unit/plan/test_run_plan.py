@@ -53,7 +53,7 @@ def test_parameters_and_wire_bytes_match_the_real_model_and_its_encoding(needed:
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
     linear = [name for name, module in model.named_modules() if type(module).__name__ == "Linear"]
-    for name in FORMATS:
+    for name in sorted(FORMATS.keys() - {"int4"}):  # whose groups are longer than this model is wide
         found = plan([*needed, f"quantization={name}"])
         targets = select_targets(linear, []) if name != "none" else frozenset()
         expected = 0
@@ -65,6 +65,21 @@ def test_parameters_and_wire_bytes_match_the_real_model_and_its_encoding(needed:
                 expected += 2 * parameter.numel()
         assert found.wire_bytes == expected
         assert found.model.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_layer_that_the_format_cannot_encode_is_refused_by_name(needed: list[str]) -> None:
+    message = r"mlp\.gate_proj: quantization=int4 needs a multiple of 128 input features, not 64; .*quantization\.ignore"
+    with pytest.raises(ConfigError, match=message):
+        plan([*needed, "quantization=int4"])
+    assert plan([*needed, "quantization=int4", "quantization.ignore=['re:.*(proj)(?<!down_proj)']"]).num_quantized_modules == 2
+
+
+def test_an_engine_holds_formats_of_four_bits_in_four_bytes_a_weight_and_the_plan_says_so(needed: list[str]) -> None:
+    planned, plain = (plan([*needed, f"quantization={name}"]) for name in ("nvfp4", "none"))
+    quantized = sum(math.prod(shape) for name, shape in plain.model.parameters.items() if name.endswith("_proj.weight"))
+    assert planned.wire_bytes < plain.wire_bytes - quantized
+    assert abs(planned.engine.weights - (plain.engine.weights + 2 * quantized)) <= 1
+    assert any("nvfp4 is emulated" in warning for warning in planned.warnings)
 
 
 def test_zero_stages_shard_what_they_say(needed: list[str]) -> None:

@@ -10,6 +10,8 @@ from tiny_decoders import tiny_decoder
 
 from qurl.quantization import FORMATS, export, export_checkpoint
 
+TIED = {"tie_word_embeddings": True, "hidden_size": 128, "intermediate_size": 128}
+
 
 def read(folder) -> dict[str, torch.Tensor]:
     """All tensors, through the index."""
@@ -26,7 +28,7 @@ def read(folder) -> dict[str, torch.Tensor]:
 def source(tmp_path):
     """A saved bfloat16 Qwen2 with a tied head and a tokenizer file."""
     folder = tmp_path / "source"
-    tiny_decoder("Qwen2", tie_word_embeddings=True).bfloat16().save_pretrained(folder)
+    tiny_decoder("Qwen2", **TIED).bfloat16().save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights in another layout")
     return folder
@@ -40,23 +42,24 @@ def test_a_folder_is_exported_as_what_encode_gives_and_the_rest_as_it_was(source
     expected = {}
     for key, tensor in before.items():
         module = key.removesuffix(".weight")
-        wire = FORMATS[name].encode(tensor) if module in targets else {key.rpartition(".")[2]: tensor}
+        wire = {key.rpartition(".")[2]: tensor}
+        if module in targets:
+            wire = FORMATS[name].checkpoint_tensors(FORMATS[name].encode(tensor))
         prefix = key.rpartition(".")[0]
-        names = FORMATS[name].checkpoint_names if module in targets else {}
-        expected |= {f"{prefix}.{names.get(suffix, suffix)}": value for suffix, value in wire.items()}
+        expected |= {f"{prefix}.{suffix}": value for suffix, value in wire.items()}
     assert after.keys() == expected.keys()
     for key, tensor in expected.items():
         assert after[key].dtype == tensor.dtype and torch.equal(after[key].float(), tensor.float()), key
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"] == FORMATS[name].compressed_tensors_config(["lm_head", "model.layers.1.mlp.down_proj"])
-    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["hidden_size"] == 64
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["hidden_size"] == 128
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "out" / "consolidated.safetensors").exists()
 
 
 def test_a_model_in_memory_exports_like_its_folder(source, tmp_path):
     export_checkpoint(source, tmp_path / "a", FORMATS["int8"])
-    export_checkpoint(tiny_decoder("Qwen2", tie_word_embeddings=True).bfloat16(), tmp_path / "b", FORMATS["int8"])
+    export_checkpoint(tiny_decoder("Qwen2", **TIED).bfloat16(), tmp_path / "b", FORMATS["int8"])
     a, b = read(tmp_path / "a"), read(tmp_path / "b")
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in "ab"]
@@ -87,6 +90,8 @@ def test_sources_that_cannot_be_exported_are_refused(source, tmp_path):
         export_checkpoint(tmp_path / "absent", tmp_path / "out", FORMATS["int8"])
     with pytest.raises(ValueError, match="not an empty folder"):
         export_checkpoint(source, source, FORMATS["int8"])
+    with pytest.raises(ValueError, match="compressed-tensors has no nvfp4"):
+        export_checkpoint(source, tmp_path / "out", FORMATS["nvfp4"])
     with pytest.raises(ValueError, match="matches none"):
         export_checkpoint(source, tmp_path / "out", FORMATS["int8"], ["nothing"])
     with pytest.raises(ValueError, match="mixture of experts"):

@@ -17,6 +17,7 @@ class OnlyTorch(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, OnlyTorch())
 import qurl.algorithms, qurl.quantization
 qurl.quantization.FORMATS["fp8_block"].encode(torch.ones(3, 4))
+qurl.quantization.FORMATS["lobcq"].encode(torch.ones(3, 64))
 """
 
 

@@ -92,7 +92,7 @@ def make_sender(name: str = "int8", rank: int = 0, world_size: int = 1, **option
 def make_weights(seed: int = 0) -> dict[str, Tensor]:
     """A model of six linear layers, an embedding and a norm."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {f"{name}.weight": torch.randn(96, 64, generator=generator) for name in LINEARS}
+    weights = {f"{name}.weight": torch.randn(48, 128, generator=generator) for name in LINEARS}
     return weights | {"model.embed_tokens.weight": torch.randn(50, 64, generator=generator), "model.norm.weight": torch.ones(64)}
 
 

@@ -17,7 +17,7 @@ from qurl.vllm_plugin.kernels import (
     NarrowInt8,
     OneDnnInt8,
     WideInt8,
-    scale_per_row,
+    rows_of,
     select_kernel,
     wire_of,
 )
@@ -30,17 +30,19 @@ EXACT_INT8 = [
 
 
 def loaded(kernel_class, partitions, columns, dtype, *, format="int8", with_bias=True, seed=0):
-    """A kernel that holds fused random matrices; with its layer and the wire tensors of each matrix."""
+    """A kernel that holds fused random matrices; with its layer, each one's wire tensors, and the rows it was loaded from."""
     generator = torch.Generator().manual_seed(seed)
     layer = nn.Module()
     layer.bias = nn.Parameter(torch.randn(sum(partitions), generator=generator).to(dtype)) if with_bias else None
     wires = [FORMATS[format].encode(torch.randn(rows, columns, generator=generator)) for rows in partitions]
     shape = LayerShape(partitions=tuple(partitions), columns=columns, dtype=dtype, device=torch.device("cpu"))
     kernel = kernel_class(FORMATS[format], shape) if kernel_class in (Emulation, Decoded) else kernel_class(shape)
-    codes = torch.cat([wire["weight"] for wire in wires])
-    scale = torch.cat([scale_per_row(format, wire["weight_scale"], rows) for wire, rows in zip(wires, partitions, strict=True)])
-    kernel.load(layer, codes, scale)
-    return kernel, layer, wires, codes, scale
+    rows = {
+        name: torch.cat([rows_of(FORMATS[format], name, wire[name], size) for wire, size in zip(wires, partitions, strict=True)])
+        for name in wires[0]
+    }
+    kernel.load(layer, rows)
+    return kernel, layer, wires, rows
 
 
 def reference(format, x, wires, bias):
@@ -59,7 +61,7 @@ def ulp(values, dtype):
 @pytest.mark.parametrize("num_tokens", [1, 5, 33])
 @pytest.mark.parametrize("partitions,columns", [([80], 96), ([64, 32, 32], 128), ([7, 7], 13)])
 def test_int8_equals_the_reference(kernel_class, partitions, columns, num_tokens, dtype):
-    kernel, layer, wires, _, _ = loaded(kernel_class, partitions, columns, dtype)
+    kernel, layer, wires, _ = loaded(kernel_class, partitions, columns, dtype)
     x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = reference("int8", x, wires, layer.bias)
     # integer sums are exact; what remains is the order of three float32 products and one rounding to dtype
@@ -69,7 +71,7 @@ def test_int8_equals_the_reference(kernel_class, partitions, columns, num_tokens
 @pytest.mark.parametrize("num_tokens", [1, 5, NarrowInt8.MANY_TOKENS + 1])
 @pytest.mark.parametrize("partitions,columns", [([80], 96), ([63, 31, 7], 128), ([1], 1056)])
 def test_narrow_int8_equals_the_reference_up_to_two_roundings(partitions, columns, num_tokens):
-    kernel, layer, wires, _, _ = loaded(NarrowInt8, partitions, columns, torch.bfloat16)
+    kernel, layer, wires, _ = loaded(NarrowInt8, partitions, columns, torch.bfloat16)
     x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
     product, expected = (reference("int8", x, wires, bias) for bias in (None, layer.bias))
     # half a unit for the sum, which the bias may then cancel, and half a unit for the result
@@ -78,7 +80,7 @@ def test_narrow_int8_equals_the_reference_up_to_two_roundings(partitions, column
 
 
 def test_a_token_s_narrow_product_does_not_depend_on_how_many_tokens_there_are():
-    kernel, layer, _, _, _ = loaded(NarrowInt8, [700, 33], 1056, torch.bfloat16)
+    kernel, layer, _, _ = loaded(NarrowInt8, [700, 33], 1056, torch.bfloat16)
     x = torch.randn(NarrowInt8.MANY_TOKENS, 1056, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert torch.equal(kernel.apply(layer, x, layer.bias)[:5], kernel.apply(layer, x[:5], layer.bias))
 
@@ -87,13 +89,13 @@ def test_a_token_s_narrow_product_does_not_depend_on_how_many_tokens_there_are()
 @pytest.mark.parametrize("num_tokens", [1, 5, 33])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_amx_int8_equals_the_reference_up_to_exact_ties(num_tokens, with_bias):
-    kernel, layer, wires, codes, scale = loaded(AmxInt8, [64, 32], 128, torch.bfloat16, with_bias=with_bias)
+    kernel, layer, wires, rows = loaded(AmxInt8, [64, 32], 128, torch.bfloat16, with_bias=with_bias)
     x = torch.randn(num_tokens, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     x_codes, x_scale = FORMATS["int8"].quantize_activations(x)
     exact = x.double() / (x.double().abs().amax(dim=1, keepdim=True) / 127)
     tied = (exact - exact.floor() - 0.5).abs() < 1e-5  # here, and only here, the kernel may choose the other code
     expected = reference("int8", x, wires, layer.bias)
-    slack = (tied.double() @ codes.double().abs().T * x_scale.double() * scale.double().T).float()
+    slack = (tied.double() @ rows["weight"].double().abs().T * x_scale.double() * rows["weight_scale"].double().T).float()
     out = kernel.apply(layer, x, layer.bias).float()
     assert ((out - expected).abs() <= slack + 2 * ulp(expected, torch.bfloat16)).all()
 
@@ -101,7 +103,7 @@ def test_amx_int8_equals_the_reference_up_to_exact_ties(num_tokens, with_bias):
 @pytest.mark.parametrize("format", ["fp8", "fp8_block"])
 @pytest.mark.parametrize("partitions,columns", [([64, 32, 32], 160), ([256, 130], 300)])
 def test_emulation_is_the_reference_for_each_fused_matrix(format, partitions, columns):
-    kernel, layer, wires, _, _ = loaded(Emulation, partitions, columns, torch.bfloat16, format=format)
+    kernel, layer, wires, _ = loaded(Emulation, partitions, columns, torch.bfloat16, format=format)
     x = torch.randn(3, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert torch.equal(kernel.apply(layer, x, layer.bias), reference(format, x, wires, layer.bias).bfloat16())
 
@@ -113,7 +115,7 @@ GROUPED = [name for name, quantization in FORMATS.items() if isinstance(quantiza
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("partitions", [[64, 32, 32], [130]])
 def test_a_decoded_weight_is_the_reference_for_each_fused_matrix(format, dtype, partitions):
-    kernel, layer, wires, _, _ = loaded(Decoded, partitions, 256, dtype, format=format)
+    kernel, layer, wires, _ = loaded(Decoded, partitions, 256, dtype, format=format)
     x = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = reference(format, x, wires, layer.bias)
     # 256 float32 products are summed in an order that depends on the rows, then rounded to dtype
@@ -124,10 +126,10 @@ def test_a_decoded_weight_is_the_reference_for_each_fused_matrix(format, dtype, 
 
 @pytest.mark.parametrize("format", GROUPED)
 def test_a_second_load_of_a_decoded_weight_replaces_it_in_the_same_storage(format):
-    kernel, layer, _, _, _ = loaded(Decoded, [64, 7], 128, torch.bfloat16, format=format, seed=0)
+    kernel, layer, _, _ = loaded(Decoded, [64, 7], 128, torch.bfloat16, format=format, seed=0)
     address = layer.weight.data_ptr()
-    fresh, fresh_layer, _, codes, scale = loaded(Decoded, [64, 7], 128, torch.bfloat16, format=format, seed=1)
-    kernel.load(layer, codes, scale)
+    fresh, fresh_layer, _, rows = loaded(Decoded, [64, 7], 128, torch.bfloat16, format=format, seed=1)
+    kernel.load(layer, rows)
     assert torch.equal(layer.weight, fresh_layer.weight) and layer.weight.data_ptr() == address
 
 
@@ -146,10 +148,10 @@ INT8_KERNELS = [(kernel, dtype) for kernel in (OneDnnInt8, WideInt8) for dtype i
 @pytest.mark.parametrize("magnitude", [1.0, 1e-7])
 def test_read_back_finds_every_code_in_a_packed_layout(kernel_class, dtype, magnitude):
     skip_where_impossible(kernel_class, dtype)
-    kernel, layer, _, _, _ = loaded(kernel_class, [64, 32], 1056, dtype)
+    kernel, layer, _, _ = loaded(kernel_class, [64, 32], 1056, dtype)
     wire = FORMATS["int8"].encode(magnitude * torch.randn(96, 1056, generator=torch.Generator().manual_seed(3)))
     wire["weight"][0] = 0
-    kernel.load(layer, wire["weight"], wire["weight_scale"])
+    kernel.load(layer, wire)
     codes, scale = kernel.read_back(layer)
     assert torch.equal(codes, wire["weight"]) and torch.equal(scale, wire["weight_scale"])
 
@@ -157,12 +159,12 @@ def test_read_back_finds_every_code_in_a_packed_layout(kernel_class, dtype, magn
 @pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8, NarrowInt8, WideInt8])
 def test_a_second_load_replaces_weights_and_bias_in_the_same_storage(kernel_class):
     skip_where_impossible(kernel_class)
-    kernel, layer, _, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16, seed=0)
+    kernel, layer, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16, seed=0)
     scale_address = kernel.scale.data_ptr()
-    fresh, fresh_layer, _, codes, scale = loaded(kernel_class, [64], 64, torch.bfloat16, seed=1)
+    fresh, fresh_layer, _, rows = loaded(kernel_class, [64], 64, torch.bfloat16, seed=1)
     layer.bias.data.copy_(fresh_layer.bias.data)
-    kernel.load(layer, codes, scale)
-    del codes, scale  # a kernel must not depend on tensors of the caller
+    kernel.load(layer, rows)
+    del rows  # a kernel must not depend on tensors of the caller
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     assert torch.equal(kernel.apply(layer, x, layer.bias), fresh.apply(fresh_layer, x, fresh_layer.bias))
     assert kernel.scale.data_ptr() == scale_address
@@ -180,7 +182,7 @@ def test_amx_is_chosen_only_where_its_kernel_works():
 def test_the_kernel_that_is_chosen_computes_the_largest_codes_right(dtype, columns):
     shape = LayerShape(partitions=(64,), columns=columns, dtype=dtype, device=torch.device("cpu"))
     kernel = select_kernel(FORMATS["int8"], nn.Module(), shape)
-    kernel.load(nn.Module(), torch.full((64, columns), 127, dtype=torch.int8), torch.ones(64, 1))
+    kernel.load(nn.Module(), {"weight": torch.full((64, columns), 127, dtype=torch.int8), "weight_scale": torch.ones(64, 1)})
     x = torch.full((3, columns), 127.0, dtype=dtype) * torch.tensor([[1.0], [-1.0], [1.0]], dtype=dtype)
     expected = x[:, :64].float() * (127 * columns)
     assert ((kernel.apply(nn.Module(), x, None).float() - expected).abs() <= ulp(expected, dtype)).all()
@@ -189,14 +191,18 @@ def test_the_kernel_that_is_chosen_computes_the_largest_codes_right(dtype, colum
 @pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8, NarrowInt8, WideInt8])
 def test_a_token_of_zeros_gives_the_bias(kernel_class):
     skip_where_impossible(kernel_class)
-    kernel, layer, _, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16)
+    kernel, layer, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16)
     out = kernel.apply(layer, torch.zeros(2, 64, dtype=torch.bfloat16), layer.bias)
     assert torch.equal(out, layer.bias.expand(2, 64))
 
 
-@pytest.mark.parametrize("format,rows", [("int8", 5), ("fp8_block", 300), ("fp8_block", 128), ("fp8_block", 7)])
-def test_scales_per_row_turn_back_into_wire_scales(format, rows):
-    wire = FORMATS[format].encode(torch.randn(rows, 200, generator=torch.Generator().manual_seed(0)))
-    scale = scale_per_row(format, wire["weight_scale"], rows)
-    assert len(scale) == rows
-    assert torch.equal(wire_of(format, wire["weight"], scale)["weight_scale"], wire["weight_scale"])
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "none"])
+@pytest.mark.parametrize("size", [300, 128, 7])
+def test_rows_turn_back_into_wire_tensors(format, size):
+    wire = FORMATS[format].encode(torch.randn(size, 256, generator=torch.Generator().manual_seed(0)))
+    rows = {name: rows_of(FORMATS[format], name, tensor, size) for name, tensor in wire.items()}
+    assert all(len(tensor) == size for tensor in rows.values())
+    found = wire_of(FORMATS[format], rows)
+    assert found.keys() == wire.keys()
+    for name, tensor in wire.items():
+        assert found[name].shape == tensor.shape and torch.equal(found[name].float(), tensor.float())
