@@ -34,7 +34,7 @@ PROGRESS = "qurl-bench-progress"
 Progress = Callable[[str, int, int], None]
 """Called with shape, rounds done, rounds in all."""
 
-PAIRS_WITH_STOCK = {name: STOCK + name for name in FORMATS if name != "none"}
+PAIRS_WITH_STOCK = {name: STOCK + name for name, quantization in FORMATS.items() if quantization.scheme is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

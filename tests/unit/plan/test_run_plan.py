@@ -12,6 +12,7 @@ from qurl.config.validate import validate
 from qurl.errors import ConfigError
 from qurl.hardware import Gpu, Hardware
 from qurl.plan import make_plan
+from qurl.plan.memory import wire_bytes
 from qurl.plan.preflight import check_model
 
 GIB = 1 << 30
@@ -53,18 +54,20 @@ def test_parameters_and_wire_bytes_match_the_real_model_and_its_encoding(needed:
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
     linear = [name for name, module in model.named_modules() if type(module).__name__ == "Linear"]
-    for name in sorted(FORMATS.keys() - {"int4"}):  # whose groups are longer than this model is wide
-        found = plan([*needed, f"quantization={name}"])
-        targets = select_targets(linear, []) if name != "none" else frozenset()
+    found = plan([*needed, "quantization=none"])
+    assert found.model.num_parameters == sum(p.numel() for p in model.parameters())
+    assert found.wire_bytes == 2 * found.model.num_parameters
+    config = compose(needed)
+    for name in sorted(FORMATS.keys() - {"none", "int4"}):  # whose groups are longer than this model is wide
+        config.quantization.format = name
+        targets = select_targets(linear, [])
         expected = 0
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.removesuffix(".weight") in targets:
-                wire = FORMATS[name].encode(parameter.detach())
-                expected += sum(t.numel() * t.element_size() for t in wire.values())
+                expected += sum(tensor.nbytes for tensor in FORMATS[name].encode(parameter.detach()).values())
             else:
                 expected += 2 * parameter.numel()
-        assert found.wire_bytes == expected
-        assert found.model.num_parameters == sum(p.numel() for p in model.parameters())
+        assert wire_bytes(config, found.model, targets) == expected, name
 
 
 def test_a_layer_that_the_format_cannot_encode_is_refused_by_name(needed: list[str]) -> None:
