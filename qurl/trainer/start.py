@@ -37,6 +37,7 @@ def ray_session(config: TrainConfig) -> Iterator[Path]:
     Raises ConfigError where nothing answers at cluster.address."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # silences a warning; a cluster's own setting wins
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # one per core, idle: our actors have their own environment
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # tensors of an audit: nobody writes to them
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.cluster.address is None:
