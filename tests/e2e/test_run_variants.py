@@ -10,8 +10,11 @@ from qurl.warmstart.model import make_tiny_model
 pytestmark = pytest.mark.e2e
 
 VARIANTS = {
-    "overlap_on_two_engines": ("rollout.max_staleness=2", "rollout.num_engines=2", "quantization=none"),
-    "zero3_on_two_ranks_over_gloo": ("learner.num_ranks=2", "learner.zero_stage=3", "sync.transport=gloo"),
+    "overlap_on_two_engines": ("rollout.max_staleness=2", "rollout.num_engines=2", "quantization=none", "probe.every_steps=1"),
+    "zero3_on_two_ranks_over_gloo": (
+        "learner.num_ranks=2", "learner.zero_stage=3", "sync.transport=gloo", "rollout.engine_args.dtype=float32",
+        "probe.every_steps=2",
+    ),
     "bf16_learner_with_scaling_and_kl": (
         "learner.dtype=bfloat16", "learner.zero_stage=1", "quantization=fp8_block", "algorithm=grpo_kl",
         "quantization.update_awareness=invariant_scaling",
@@ -31,6 +34,13 @@ def test_a_run_goes_through(command_line, name):
     assert any(row["policy/grad_norm"] > 0 for row in rows)
     if "overlap" in name:
         assert max(row["rollout/staleness_max"] for row in rows) > 0
+        assert all(row["mismatch/quantization_kl"] == 0 for row in rows)
+        assert all(("mismatch/staleness_kl" in row) == (row["rollout/staleness_max"] > 0) for row in rows)
+    if "zero3" in name:
+        assert [("mismatch/quantization_kl" in row) for row in rows] == [True, False, True, False]
+        for row in rows[::2]:  # the learner computes what an engine in float32 does, but for the order of sums
+            assert row["mismatch/engine_kl"] < 0.01 * row["mismatch/quantization_kl"]
+            assert row["mismatch/quantization_kl"] == pytest.approx(row["mismatch/kl_rollout_old"], rel=0.02)
 
 
 def test_the_rollout_benchmark_measures_every_pair(command_line):
@@ -46,16 +56,20 @@ def test_the_rollout_benchmark_measures_every_pair(command_line):
     assert all(0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] for row in rows)
 
 
-def test_a_run_hands_over_to_its_next_stage_and_resumes_inside_it(command_line):
+def test_a_run_hands_over_to_its_next_stage_and_to_full_precision_and_resumes_inside_both(command_line):
     arguments = command_line.train(
         "stages", "rollout.max_response_tokens=12", "rollout.num_samples_per_prompt=2", "algorithm.overlong.penalty_tokens=4",
         "algorithm.dynamic_sampling.enabled=true", "stages=[{from_step:1,max_response_tokens:24,num_samples_per_prompt:4}]",
+        "guard.action=full_precision", "guard.max_kl=1e-6", "rollout.engine_args.dtype=float32",
     )  # fmt: skip
     for num_steps in (2, 3):
         code, output = command_line.run(*arguments, f"num_steps={num_steps}")
         assert code == 0, output
     rows = command_line.metrics("stages")
     assert [row["rollout/response_length_max"] for row in rows] == [12, 24, 24]
+    assert [row["rollout/full_precision"] for row in rows] == [0, 1, 1]
+    for row in rows[1:]:  # float32 on both sides differs by the order of sums; the probe says what INT8 would be
+        assert max(row["mismatch/kl_rollout_old"], row["mismatch/engine_kl"]) < 1e-9 < 1e-6 < row["mismatch/quantization_kl"] < 0.1
     for row, num_samples in zip(rows, (2, 4, 4), strict=True):
         sampled = row["rollout/num_trained_groups"] / (1 - row["rollout/discarded_fraction"])
         assert row["rollout/num_tokens"] / row["rollout/response_length_mean"] == pytest.approx(num_samples * sampled)
