@@ -10,6 +10,9 @@ from pathlib import Path
 
 import psutil
 
+UNLIMITED = 1 << 62
+"""Bytes where no limit is known."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
@@ -22,7 +25,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """One node."""
+    """One node, or `num_nodes` alike."""
 
     cpu_name: str
     cpu_flags: frozenset[str]  # as in /proc/cpuinfo; empty where the kernel does not say
@@ -30,6 +33,7 @@ class Hardware:
     memory_bytes: int  # of the container where it has a limit
     shm_bytes: int  # free in /dev/shm
     gpus: tuple[Gpu, ...]
+    num_nodes: int = 1
 
     @property
     def int8_instructions(self) -> str:
@@ -79,7 +83,7 @@ def _cpu() -> tuple[str, frozenset[str]]:
 
 def _container_memory() -> int:
     limit = _read("/sys/fs/cgroup/memory.max").strip()
-    return int(limit) if limit.isdigit() else 1 << 62
+    return int(limit) if limit.isdigit() else UNLIMITED
 
 
 def _read(path: str) -> str:

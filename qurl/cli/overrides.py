@@ -13,7 +13,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     """key=value arguments, with the groups and options that exist listed in the help."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration in Hydra's grammar")
     command = parser.prog.split()[-1]
-    groups = ("recipe", "model", "data", "algorithm", "quantization", "rollout", "learner", "sync", "reward", "cluster", "logging")
+    groups = ("recipe", "topology", "model", "data", "algorithm", "quantization", "rollout", "sync", "reward", "cluster", "logging")
     listing = "\n".join(f"  {group:14}{', '.join(group_options(group))}" for group in groups)
     parser.epilog = f"""Groups and their options:
 {listing}

@@ -5,14 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from typing import TYPE_CHECKING
 
 from qurl.cli.overrides import add_overrides, validated
 from qurl.errors import ConfigError
 
+if TYPE_CHECKING:
+    from qurl.hardware import Hardware
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Overrides, and GPUs to plan for."""
-    parser.add_argument("--gpus", metavar="NxGIB", help="plan for N Hopper GPUs of GIB GiB instead of this machine's, e.g. 8x80")
+    """Overrides, and the machine to plan for."""
+    parser.add_argument(
+        "--gpus", metavar="[NODESx]NxGIB",
+        help="plan for nodes of N Hopper GPUs of GIB GiB instead of this machine, e.g. 8x80, or 4x8x80 for four nodes",
+    )  # fmt: skip
+    parser.add_argument("--host-memory", metavar="GIB", type=int, help="memory of each of those nodes; not judged without")
     add_overrides(parser)
 
 
@@ -24,10 +32,9 @@ def main(args: argparse.Namespace) -> int:
     from qurl.hardware import detect
     from qurl.plan import make_plan
 
-    machine = detect()
-    if args.gpus:
-        machine = dataclasses.replace(machine, gpus=_described(args.gpus))
-    plan = make_plan(config, machine)
+    if args.host_memory is not None and (args.host_memory < 1 or not args.gpus):
+        raise ConfigError(f"--host-memory {args.host_memory}: write a number of GiB >= 1, together with --gpus")
+    plan = make_plan(config, _described(detect(), args.gpus, args.host_memory) if args.gpus else None)
 
     from qurl.cli.plan_tables import plan_tables
 
@@ -39,11 +46,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _described(text: str):
-    from qurl.hardware import Gpu
+def _described(this: Hardware, gpus: str, host_memory: int | None) -> Hardware:
+    """Nodes with this machine's processor, and the GPUs and memory that were asked for."""
+    from qurl.hardware import UNLIMITED, Gpu
 
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x([1-9]\d*)", gpus)
     if match is None:
-        raise ConfigError(f"--gpus {text} is not NxGIB; write for instance --gpus 8x80")
-    count, gib = int(match[1]), int(match[2])
-    return tuple(Gpu(name=f"{gib} GiB GPU", memory_bytes=gib << 30, capability=(9, 0)) for _ in range(count))
+        raise ConfigError(f"--gpus {gpus} is not NxGIB or NODESxNxGIB; write for instance --gpus 8x80 or --gpus 4x8x80")
+    nodes, count, gib = (int(part or 1) for part in match.groups())
+    gpu = Gpu(name=f"{gib} GiB GPU", memory_bytes=gib << 30, capability=(9, 0))
+    memory = UNLIMITED if host_memory is None else host_memory << 30
+    return dataclasses.replace(this, gpus=(gpu,) * count, num_nodes=nodes, memory_bytes=memory)

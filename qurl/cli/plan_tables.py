@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from qurl.config.run import TrainConfig
+from qurl.hardware import UNLIMITED
 from qurl.plan import BatchPlan, EngineMemory, RunPlan
 
 GIB = 1 << 30
@@ -20,10 +21,16 @@ def plan_tables(config: TrainConfig, plan: RunPlan) -> Iterator[Table]:
         yield _table(f"From iteration {stage.from_step} on", _batch_rows(config, stage.batch, index))
     yield _table("Model and weight stream", _model_rows(config, plan))
     yield _table("Placement", _placement_rows(config, plan))
+    yield memory_table(plan)
     yield _table(f"Memory of a learner rank (ZeRO {config.learner.zero_stage})", _learner_rows(plan))
     yield _table("Memory of an engine", _engine_rows(plan.engine))
     for stage in plan.stages:
         yield _table(f"Memory of an engine from iteration {stage.from_step} on", _engine_rows(stage.engine))
+
+
+def memory_table(plan: RunPlan) -> Table:
+    """What is needed of what there is, in three lines."""
+    return _table("Memory", _memory_rows(plan))
 
 
 def _table(title: str, rows: Iterator[tuple[str, str]]) -> Table:
@@ -69,18 +76,38 @@ def _placement_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, s
     else:
         size = config.rollout.tensor_parallel_size
         name = machine.gpus[0].name if machine.gpus else "a remote cluster"
-        yield "machine", f"{len(machine.gpus) or '?'} x {name}"
+        nodes = f"{machine.num_nodes} nodes of " if machine.num_nodes > 1 else ""
+        yield "machine", f"{nodes}{len(machine.gpus) or '?'} x {name}"
         if config.cluster.colocate:
             yield "GPU i", f"engine i and learner rank i, i = 0..{ranks - 1}"
         else:
             yield "learner ranks", f"{ranks} GPUs, one each"
             yield "engines", f"{engines * size} GPUs: {engines} x {size}"
-    yield "host memory", f"about {_size(plan.host_bytes)} over all processes"
+
+
+def _memory_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    yield "learner rank", f"about {_size(plan.learner.on_device)}{_of(plan.learner_share)}"
+    stages = [plan.engine, *(stage.engine for stage in plan.stages)]
+    cache = plan.engine.kv_pool if plan.engine_share is None else plan.engine_share - plan.engine.weights
+    told = f"{_size(plan.engine.weights)} of weights"
+    if cache is not None:
+        held = " / ".join(str(cache // engine.kv_per_sequence) for engine in stages)
+        told += f", cache for {held} full-length samples in {_size(cache)}"
+    yield "engine", told
+    where = "" if plan.machine.num_nodes == 1 else " on a node" if plan.is_known else " over all nodes"
+    memory = plan.machine.memory_bytes if plan.is_known else UNLIMITED
+    yield "host", f"about {_size(plan.host_bytes)}{_of(None if memory == UNLIMITED else memory)}{where}"
+
+
+def _of(size: int | None) -> str:
+    return "" if size is None else f" of {_size(size)}"
 
 
 def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     memory = plan.learner
     yield "weights", _size(memory.weights)
+    if memory.gathered:
+        yield "of other ranks", f"at most {_size(memory.gathered)} at a time"
     yield "gradients", _size(memory.gradients)
     yield "optimizer", f"{_size(memory.optimizer)} (float32 master weights and moments)"
     if memory.communication:
@@ -91,7 +118,11 @@ def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield "critic", f"{_size(memory.critic)} (its weights, gradients, optimizer and reduce bucket)"
     yield "activations", f"{_size(memory.activations)} (estimate)"
     yield "logits", f"{_size(memory.logits)} (a chunk)"
-    yield "total", f"{_size(memory.on_device)} on the device"
+    yield "total", f"{_size(memory.while_training)} on the device"
+    if memory.while_starting > memory.while_training:
+        yield "while it starts", f"{_size(memory.while_starting)} on the device, before the model is sharded"
+    if memory.offloaded:
+        yield "offloaded", f"{_size(memory.offloaded)} in host memory"
     if memory.previous_codes:
         yield "previous codes", f"{_size(memory.previous_codes)} in host memory"
     if memory.previous_weights:

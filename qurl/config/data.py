@@ -24,7 +24,8 @@ class DatasetConfig:
     prompt_key: str = "problem"
     answer_key: str = "answer"
     data_source: str | None = None  # handed to the reward function; default: the row's data_source, else the file's stem
-    max_rows: int | None = None  # the first rows only
+    unique: bool = False  # keep the first of rows that have the same problem and answer
+    max_rows: int | None = None  # the first rows only, of those that are kept
 
 
 @dataclass(kw_only=True, slots=True)

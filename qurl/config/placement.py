@@ -28,15 +28,15 @@ def place(config: TrainConfig, num_gpus: int | None = None, num_cores: int | Non
     """Resolve cluster.device, the thread counts and the GPU shares.
 
     num_gpus, num_cores: default to this machine's. Raises ConfigError where the GPUs that are asked for do not exist; those of a
-    remote cluster (cluster.address) are Ray's to find."""
+    remote cluster (cluster.address) are Ray's to find unless num_gpus says how many it has."""
+    cluster = config.cluster
+    is_known = num_gpus is not None or cluster.address is None
     num_gpus = len(hardware.gpus()) if num_gpus is None else num_gpus
     num_cores = hardware.num_cores() if num_cores is None else num_cores
-    cluster = config.cluster
-    is_local = cluster.address is None
-    if cluster.device is Device.cuda and is_local and num_gpus == 0:
+    if cluster.device is Device.cuda and is_known and num_gpus == 0:
         raise ConfigError("cluster.device=cuda but torch sees no CUDA device; use cluster.device=cpu or cluster.address=auto")
     on_gpu = cluster.device is Device.cuda or (cluster.device is Device.auto and num_gpus > 0)
-    if on_gpu and is_local:
+    if on_gpu and is_known:
         _check_gpus(config, num_gpus)
     engine_threads, learner_threads = _threads(config, num_cores)
     share = 0.5 if cluster.colocate else 1.0

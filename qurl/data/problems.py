@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,14 +29,14 @@ class Problem:
 
 
 def load_rows(config: DatasetConfig, key: str) -> list[Problem]:
-    """The first `max_rows` problems of a dataset, in stored order.
+    """The first `max_rows` problems of a dataset, in stored order; with `unique` none of them twice.
 
     key: where the configuration stands, e.g. "data.train" or "data.eval.aime". ValueError for a path, row or column that cannot
     be used, naming the file, the line, what was found and the configuration key."""
     if config.max_rows is not None and config.max_rows < 1:
         raise ValueError(f"{key}.max_rows={config.max_rows} leaves no row; use at least 1, or null for all")
-    numbered = enumerate(islice(read_rows(config, key), config.max_rows))
-    problems = [_problem(index, place, row, config, key) for index, (place, row) in numbered]
+    stored = (_problem(index, place, row, config, key) for index, (place, row) in enumerate(read_rows(config, key)))
+    problems = list(islice(_unique(stored) if config.unique else stored, config.max_rows))
     if not problems:
         raise ValueError(f"{key}.path={config.path!r} holds no rows")
     unanswered = [problem.place for problem in problems if not problem.answer]
@@ -47,6 +47,14 @@ def load_rows(config: DatasetConfig, key: str) -> list[Problem]:
             f"{len(problems)} rows ({shown}); remove them or name another column"
         )
     return problems
+
+
+def _unique(problems: Iterable[Problem]) -> Iterator[Problem]:
+    seen = set()
+    for problem in problems:
+        if (content := (problem.text, problem.answer)) not in seen:
+            seen.add(content)
+            yield problem
 
 
 def _problem(index: int, place: str, row: Any, config: DatasetConfig, key: str) -> Problem:

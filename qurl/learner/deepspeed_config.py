@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ OWNED: dict[str, str] = {
     "gradient_predivide_factor": "the learner undoes DeepSpeed's mean over ranks and relies on it",
 }
 """DeepSpeed keys that learner.deepspeed may not set, and what does instead."""
+
+OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 
 
 def deepspeed_config(config: LearnerConfig, num_parameters: int) -> dict[str, Any]:
@@ -53,7 +56,26 @@ def deepspeed_config(config: LearnerConfig, num_parameters: int) -> dict[str, An
     }
     if is_bf16:
         base["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(base, config.deepspeed)
+    merged = _merge(base, config.deepspeed)
+    _check_offload(merged["zero_optimization"])
+    return merged
+
+
+def offload_device(zero: Mapping[str, Any], what: str) -> str:
+    """Where `what`, offload_optimizer or offload_param of zero_optimization, sends its tensors; "none" leaves them on the GPU."""
+    return str((zero.get(what) or {}).get("device") or "none")
+
+
+def _check_offload(zero: Mapping[str, Any]) -> None:
+    """DeepSpeed itself would go on without what a stage cannot offload."""
+    for what, stage in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = offload_device(zero, what)
+        if device not in OFFLOAD_DEVICES:
+            key = f"learner.deepspeed.zero_optimization.{what}.device"
+            raise ValueError(f"{key}={device} does not exist; use one of {', '.join(OFFLOAD_DEVICES)}")
+        if device != "none" and zero["stage"] < stage:
+            raise ValueError(f"learner.deepspeed.zero_optimization.{what} needs learner.zero_stage={stage} or more; "
+                             f"found {zero['stage']}")  # fmt: skip
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,10 @@ class LearnerGroup:
         threads: int,
         seed: int,
         failure_dir: Path | None = None,
-        ray_options: Mapping[str, Any] | None = None,
+        rank_options: Callable[[int], Mapping[str, Any]] = lambda rank: {},
     ):
         """device: "cpu" or "cuda", one GPU per rank. threads: OpenMP threads of a rank on the CPU, >= 1. failure_dir: where
-        samples of a non-finite step go. ray_options: for the actors, over ours (e.g. num_gpus, scheduling_strategy)."""
+        samples of a non-finite step go. rank_options: of its actor, by rank, over ours (e.g. num_gpus, scheduling_strategy)."""
         self._setup = _Setup(
             configs=(model, learner, critic, algorithm, quantization, sync),
             options={
@@ -98,14 +98,16 @@ class LearnerGroup:
             "num_gpus": 1 if device == "cuda" else 0,
             "max_restarts": 0,
             "runtime_env": {"env_vars": _environment(device, threads)},
-            **(ray_options or {}),
         }
+        self._rank_options = rank_options
         self._ranks: list[Any] = []
 
     async def start(self) -> None:
         """Start the processes and load the model. Raises what Learner raises, LearnerDied for a lost process."""
-        actor = ray.remote(LearnerRank).options(**self._ray_options)
-        self._ranks = [actor.remote() for _ in range(self._config.num_ranks)]
+        actor = ray.remote(LearnerRank)
+        self._ranks = [
+            actor.options(**(self._ray_options | self._rank_options(rank))).remote() for rank in range(self._config.num_ranks)
+        ]
         [(address, port)] = await self._gather([self._ranks[0].address.remote()])
         world = {"world_size": len(self._ranks), "master_address": address, "master_port": port}
         await self._gather([

@@ -1,7 +1,8 @@
 """Memory of a learner rank and of an engine, in bytes.
 
 Weights, optimizer state and key-value cache are exact up to padding. Activations are an estimate that counts what backward keeps
-of a decoder layer with gated feed-forward and fused attention; allocator fragmentation comes on top."""
+of a decoder layer with gated feed-forward and fused attention; allocator fragmentation comes on top, and so do the CUDA context
+and what vLLM computes with beside weights and cache."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from qurl.config.guard import GuardAction, GuardConfig
 from qurl.config.learner import LearnerDtype
 from qurl.config.run import TrainConfig
 from qurl.hardware import Hardware
+from qurl.learner.deepspeed_config import deepspeed_config, offload_device
 from qurl.learner.policy import LOGIT_BYTES
 from qurl.plan.model_facts import ModelFacts
 from qurl.quantization import FORMATS
@@ -20,7 +22,8 @@ from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-REDUCE_BUCKET_ELEMENTS = 500_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default of zero_optimization.stage3_max_live_parameters."""
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
 PROCESS_BYTES = 800 << 20
 """Python, torch and vLLM or DeepSpeed in one process, measured."""
@@ -28,9 +31,10 @@ PROCESS_BYTES = 800 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearnerMemory:
-    """Of one rank, on its device; what is previous is in host memory."""
+    """Of one rank, on its device; what is offloaded or previous is in host memory."""
 
     weights: int
+    gathered: int  # ZeRO-3: weights of other ranks while they are used, at most
     gradients: int
     optimizer: int  # float32 master weights where there are any, and Adam's two moments
     communication: int  # DeepSpeed's reduce bucket
@@ -38,22 +42,48 @@ class LearnerMemory:
     critic: int  # its weights, gradients, optimizer and reduce bucket
     activations: int
     logits: int
+    offloaded: int  # optimizer state, gradients and weights that DeepSpeed keeps on the host
     previous_codes: int
     previous_weights: int  # float32 copies that updates are measured against
+    whole_model: int  # in the dtype of forward and backward; on the device until ZeRO-3 has sharded it, one after the other
+    as_read: int  # the model in float32, on the host until the master weights are made of it
+
+    @property
+    def while_training(self) -> int:
+        """On the device."""
+        return self.state + self.gathered + self.reference + self.critic + self.activations + self.logits
+
+    @property
+    def while_starting(self) -> int:
+        """On the device."""
+        return self.whole_model + (self.state if self.reference or self.critic else 0)
 
     @property
     def on_device(self) -> int:
-        """Everything but what is previous."""
-        return self.state + self.reference + self.critic + self.activations + self.logits
+        """The most at any time."""
+        return max(self.while_training, self.while_starting)
 
     @property
     def state(self) -> int:
         """What stays from step to step."""
         return self.weights + self.gradients + self.optimizer + self.communication
 
+    @property
+    def on_host(self) -> int:
+        """The most at any time, of a rank that trains on a GPU."""
+        return self.offloaded + max(self.as_read, self.previous_codes + self.previous_weights)
+
     def with_critic(self, critic: LearnerMemory) -> LearnerMemory:
         """This policy and a critic on the same rank; they run one after the other."""
-        return replace(self, critic=critic.state, activations=max(self.activations, critic.activations))
+        return replace(
+            self,
+            critic=critic.state,
+            activations=max(self.activations, critic.activations),
+            gathered=max(self.gathered, critic.gathered),
+            offloaded=self.offloaded + critic.offloaded,
+            whole_model=max(self.whole_model, critic.whole_model),
+            as_read=max(self.as_read, critic.as_read),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,27 +135,43 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
 def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, targets: frozenset[str]) -> LearnerMemory:
     """One rank under learner.zero_stage (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1).
 
-    bfloat16 keeps gradients and master weights in float32; stage 0 then runs as stage 1. codes_bytes: of the whole model.
-    targets: the modules that are quantized."""
+    bfloat16 keeps gradients and master weights in float32; stage 0 then runs as stage 1. An offloaded optimizer has gradients on
+    the host twice, as they are accumulated and in float32 for the step, and the weights that go back to the device under stages
+    1 and 2; stage 1 sums its gradients on the device. codes_bytes: of the whole model. targets: the modules that are quantized."""
     learner = config.learner
     size, ranks = model.num_parameters, learner.num_ranks
-    is_bf16 = learner.dtype is LearnerDtype.bfloat16
-    compute = 2 if is_bf16 else 4
-    stage = max(1, learner.zero_stage) if is_bf16 else learner.zero_stage
-    master = 4 if stage >= 1 else 0
+    zero = deepspeed_config(learner, size)["zero_optimization"]
+    stage = int(zero["stage"])
+    compute = 2 if learner.dtype is LearnerDtype.bfloat16 else 4
+    weights = size * compute // (ranks if stage == 3 else 1)
+    gradients = size * 4 // (ranks if stage >= 2 else 1)
+    optimizer = size * (12 if stage >= 1 else 8) // (ranks if stage >= 1 else 1)
+    offloaded = 0
+    if (device := offload_device(zero, "offload_optimizer")) != "none":
+        twice = 8 if stage == 3 else 4 + 2 * compute
+        offloaded += optimizer + size * twice // ranks if device == "cpu" else 0
+        gradients, optimizer = gradients if stage == 1 else 0, 0
+    if (device := offload_device(zero, "offload_param")) != "none":
+        offloaded += weights if device == "cpu" else 0
+        weights = 0
     tokens = learner.max_tokens_per_micro_batch
     quantized = sum(math.prod(shape) for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets)
+    live = int(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
     return LearnerMemory(
-        weights=size * compute // (ranks if stage == 3 else 1),
-        gradients=size * 4 // (ranks if stage >= 2 else 1),
-        optimizer=size * (8 + master) // (ranks if stage >= 1 else 1),
-        communication=min(size, REDUCE_BUCKET_ELEMENTS) * compute if stage >= 1 else 0,
-        reference=size * compute if config.algorithm.kl.coefficient > 0 else 0,
+        weights=weights,
+        gathered=min(size, live) * compute if stage == 3 else 0,
+        gradients=gradients,
+        optimizer=optimizer,
+        communication=int(zero["reduce_bucket_size"]) * compute if stage >= 1 else 0,
+        reference=size * compute // (ranks if stage == 3 else 1) if config.algorithm.kl.coefficient > 0 else 0,
         critic=0,
         activations=tokens * _activations_per_token(model, learner.activation_checkpointing) * compute,
         logits=(5 if config.algorithm.entropy_coefficient else 3) * min(tokens * model.vocab_size * 4, LOGIT_BYTES),
+        offloaded=offloaded,
         previous_codes=codes_bytes // ranks if config.sync.track_changes else 0,
         previous_weights=4 * quantized // ranks if config.sync.track_updates else 0,
+        whole_model=size * compute,
+        as_read=size * 4,
     )
 
 

@@ -53,20 +53,28 @@ class RunPlan:
     machine: Hardware
     wire_bytes: int  # one full weight update, per engine
     bf16_bytes: int  # the same in bfloat16
-    host_bytes: int  # of all processes in this machine's memory
+    host_bytes: int  # at most, of all processes in the memory of a node; of all nodes where `is_known` is false
+    is_known: bool  # the machine is the one it will run on
+    learner_share: int | None  # bytes of a GPU that a rank may use; None on the CPU or where the machine is not known
+    engine_share: int | None
     warnings: tuple[str, ...]  # it runs, but the user should know
 
 
 def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
-    """Plan a validated configuration on `machine` (default: this one).
+    """Plan a validated configuration on `machine`, or on this one.
 
     Raises ValueError, with key and remedy, for names, files, shapes, devices or memory with which it cannot run. Memory and
-    number of the devices of a remote cluster (cluster.address) are not known here and not judged."""
+    number of the devices of a remote cluster (cluster.address) are judged only where `machine` describes it."""
     check_names(config)
     check_datasets(config)
+    is_known = machine is not None or config.cluster.address is None
     machine = machine or detect()
-    placement = place(config, num_gpus=len(machine.gpus), num_cores=machine.num_cores)
+    num_gpus = len(machine.gpus) * machine.num_nodes
+    placement = place(config, num_gpus=num_gpus if is_known else None, num_cores=machine.num_cores)
     check_devices(config, Device[placement.device])
+    size = config.rollout.tensor_parallel_size
+    if is_known and placement.device == "cuda" and size > len(machine.gpus):
+        raise ConfigError(f"rollout.tensor_parallel_size={size}: an engine stays on a node, whose GPUs are {len(machine.gpus)}")
     model = read_model_facts(config.model)
     targets = check_model(config, model)
     wire = wire_bytes(config, model, targets)
@@ -79,13 +87,13 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
         engine_memory(config, model, held, batch.longest_tokens, batch.num_samples_per_engine, placement.device)
         for batch in batches
     ]
-    engine = engines[0]
+    learner_share, engine_share = _gpu_shares(config, machine) if is_known and placement.device == "cuda" else (None, None)
     plan = RunPlan(
         batch=batches[0],
         model=model,
         num_quantized_modules=len(targets),
         learner=learner,
-        engine=engine,
+        engine=engines[0],
         stages=tuple(
             StagePlan(from_step=stage.from_step, batch=batch, engine=needs)
             for stage, batch, needs in zip(config.stages, batches[1:], engines[1:], strict=True)
@@ -94,32 +102,50 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
         machine=machine,
         wire_bytes=wire,
         bf16_bytes=2 * model.num_parameters,
-        host_bytes=_host_bytes(config, learner, engine, placement),
-        warnings=tuple(_warnings(config, engines, placement, machine)),
+        host_bytes=_host_bytes(config, learner, engines[0], placement, machine if is_known else None),
+        is_known=is_known,
+        learner_share=learner_share,
+        engine_share=engine_share,
+        warnings=tuple(_warnings(config, engines, placement, machine, is_known)),
     )
-    if config.cluster.address is None:
-        _refuse_memory(config, plan)
+    if is_known:
+        _refuse_memory(plan)
     return plan
 
 
-def _host_bytes(config: TrainConfig, learner: LearnerMemory, engine: EngineMemory, placement: Placement) -> int:
-    """Memory of this machine over all processes; on GPUs only what stays on the host."""
+def _gpu_shares(config: TrainConfig, machine: Hardware) -> tuple[int, int]:
+    """Bytes of a GPU for (a learner rank, an engine)."""
+    memory = min(gpu.memory_bytes for gpu in machine.gpus)
+    utilization = float(config.rollout.engine_args.get("gpu_memory_utilization", DEFAULT_GPU_MEMORY_UTILIZATION))
+    engine = int(utilization * memory)
+    return memory - (engine if config.cluster.colocate else 0), engine
+
+
+def _host_bytes(
+    config: TrainConfig, learner: LearnerMemory, engine: EngineMemory, placement: Placement, machine: Hardware | None
+) -> int:
+    """Memory of a node that holds as many ranks as it can, with the reward processes; on GPUs only what stays on the host."""
     engines, ranks = config.rollout.num_engines, config.learner.num_ranks
+    if machine is not None and placement.device == "cuda":
+        ranks = min(ranks, len(machine.gpus))
+        left = len(machine.gpus) - (0 if config.cluster.colocate else ranks)
+        engines = min(engines, left // config.rollout.tensor_parallel_size)
     total = (engines + ranks + config.reward.num_workers) * PROCESS_BYTES
-    total += ranks * (learner.previous_codes + learner.previous_weights)
     total += config.sync.max_inflight_buckets * config.sync.bucket_bytes * ranks
-    if placement.device == "cpu":
-        total += ranks * learner.on_device + engines * (engine.weights + (engine.kv_pool or 0))
-    return total
+    if placement.device == "cuda":
+        return total + ranks * learner.on_host
+    total += ranks * (learner.while_training + learner.offloaded + learner.previous_codes + learner.previous_weights)
+    return total + engines * (engine.weights + (engine.kv_pool or 0))
 
 
-def _refuse_memory(config: TrainConfig, plan: RunPlan) -> None:
+def _refuse_memory(plan: RunPlan) -> None:
     memory = plan.machine.memory_bytes
     if plan.host_bytes > memory:
+        whose = "this machine's" if plan.machine.num_nodes == 1 else "a node's"
         raise ConfigError(
-            f"the run needs about {_gib(plan.host_bytes)} of this machine's {_gib(memory)} memory; lower "
+            f"the run needs about {_gib(plan.host_bytes)} of {whose} {_gib(memory)} memory; lower "
             "learner.max_tokens_per_micro_batch, rollout.num_engines or rollout.engine_args.kv_cache_memory_bytes, "
-            "set sync.track_changes=false and sync.track_updates=false, or take a smaller model"
+            "set sync.track_changes=false and sync.track_updates=false, offload less, or take a smaller model"
         )
     for batch, engine in [(plan.batch, plan.engine), *((stage.batch, stage.engine) for stage in plan.stages)]:
         if engine.kv_pool is not None and engine.kv_per_sequence > engine.kv_pool:
@@ -127,31 +153,33 @@ def _refuse_memory(config: TrainConfig, plan: RunPlan) -> None:
                 f"rollout.engine_args.kv_cache_memory_bytes={engine.kv_pool} does not hold one sequence of "
                 f"{batch.longest_tokens} tokens; use at least {engine.kv_per_sequence}"
             )
-    if plan.placement.device == "cuda":
-        _refuse_gpu_memory(config, plan)
+    if plan.learner_share is not None and plan.engine_share is not None:
+        _refuse_gpu_memory(plan, plan.learner_share, plan.engine_share)
 
 
-def _refuse_gpu_memory(config: TrainConfig, plan: RunPlan) -> None:
-    memory = min(gpu.memory_bytes for gpu in plan.machine.gpus)
-    utilization = float(config.rollout.engine_args.get("gpu_memory_utilization", DEFAULT_GPU_MEMORY_UTILIZATION))
+def _refuse_gpu_memory(plan: RunPlan, learner_share: int, engine_share: int) -> None:
     one_sequence = max(engine.kv_per_sequence for engine in (plan.engine, *(stage.engine for stage in plan.stages)))
-    engine_needs, engine_has = plan.engine.weights + one_sequence, int(utilization * memory)
-    if engine_needs > engine_has:
+    engine_needs = plan.engine.weights + one_sequence
+    if engine_needs > engine_share:
         raise ConfigError(
-            f"an engine needs at least {_gib(engine_needs)} for weights and one sequence, its GPU gives {_gib(engine_has)}; "
-            "raise rollout.tensor_parallel_size, or lower rollout.max_response_tokens"
+            f"an engine needs at least {_gib(engine_needs)} for weights and one sequence, its GPU gives {_gib(engine_share)}; "
+            "raise rollout.tensor_parallel_size or rollout.engine_args.gpu_memory_utilization, or lower "
+            "rollout.max_response_tokens"
         )
-    learner_has = memory - (engine_has if config.cluster.colocate else 0)
-    if plan.learner.on_device > learner_has:
+    if plan.learner.on_device > learner_share:
+        starting = plan.learner.while_starting > plan.learner.while_training
+        when = " while it starts, before ZeRO 3 has sharded the model" if starting else ""
         raise ConfigError(
-            f"a learner rank needs about {_gib(plan.learner.on_device)}, its GPU has {_gib(learner_has)} for it; raise "
-            "learner.zero_stage or learner.num_ranks, set learner.activation_checkpointing=true, lower "
-            "learner.max_tokens_per_micro_batch"
-            + (" or rollout.engine_args.gpu_memory_utilization" if config.cluster.colocate else "")
+            f"a learner rank needs about {_gib(plan.learner.on_device)}{when}, its GPU has {_gib(learner_share)} for it; raise "
+            "learner.zero_stage or learner.num_ranks, set learner.activation_checkpointing=true or "
+            "learner.deepspeed.zero_optimization.offload_optimizer.device=cpu, lower learner.max_tokens_per_micro_batch or, with "
+            "cluster.colocate, rollout.engine_args.gpu_memory_utilization"
         )
 
 
-def _warnings(config: TrainConfig, memory: list[EngineMemory], placement: Placement, machine: Hardware) -> list[str]:
+def _warnings(
+    config: TrainConfig, memory: list[EngineMemory], placement: Placement, machine: Hardware, is_known: bool
+) -> list[str]:
     """memory: of an engine, stage by stage."""
     found = []
     late = [index for index, stage in enumerate(config.stages) if stage.from_step >= config.num_steps]
@@ -189,7 +217,7 @@ def _warnings(config: TrainConfig, memory: list[EngineMemory], placement: Placem
             f"the cache holds {engine.kv_pool // engine.kv_per_sequence} of {engine.num_sequences} full-length sequences of an "
             "engine; the rest waits. rollout.engine_args.kv_cache_memory_bytes raises it"
         )
-    if config.cluster.address is not None:
+    if not is_known:
         found.append(f"the cluster must have {num_gpus_needed(config)} GPUs free; its memory is not judged here")
     return found
 

@@ -56,6 +56,8 @@ def build_engine(
     if taken:
         raise ValueError(f"rollout.engine_args.{sorted(taken)[0]} is set by qurl itself; remove it")
     defaults: dict[str, Any] = {"max_model_len": max_model_len, "disable_log_stats": True, "dtype": rollout.dtype}
+    if rollout.tensor_parallel_size > 1:
+        defaults["distributed_executor_backend"] = "mp"  # in a Ray placement group vLLM would take GPUs from Ray once more
     if not torch.cuda.is_available():
         defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
     controlled = plugin_engine_args(quantization.format, quantization.ignore)

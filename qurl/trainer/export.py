@@ -31,7 +31,6 @@ async def export_run(run_dir: Path, out: Path) -> None:
             config.model, config.learner, config.critic, config.algorithm, config.quantization, config.sync,
             device=placement.device, threads=placement.learner_threads, seed=config.seed,
             temperature=config.rollout.temperature, engine_dtype=config.rollout.dtype,
-            ray_options={"num_gpus": placement.gpus_per_rank},
         )  # fmt: skip
         try:
             with naming("the learner did not start", ray_logs):

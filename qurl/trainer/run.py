@@ -131,6 +131,7 @@ async def _train(
 ) -> int:
     from qurl.rollout.pool import training_sampling
     from qurl.trainer.evaluate import evaluate, evaluation_sampling
+    from qurl.trainer.gpus import reserved_gpus
     from qurl.trainer.guard import Guard
     from qurl.trainer.loop import TrainingLoop
     from qurl.trainer.producer import Producer
@@ -146,10 +147,10 @@ async def _train(
     interrupt = asyncio.Event()
     on_signal(interrupt)
     timeline = Timeline(run_dir / "timeline.json")
-    async with started_parts(
-        config, run_dir, ray_logs, tokenizer, resume_from, interrupt, full_precision=guard.full_precision
-    ) as (learner, pool, rewards):
-        weights = PublishedWeights(config.sync, learner, pool, partial(engine_starter, config))
+    async with reserved_gpus(config, interrupt) as gpus, started_parts(
+        config, run_dir, ray_logs, gpus, tokenizer, resume_from, interrupt, full_precision=guard.full_precision
+    ) as (learner, pool, rewards):  # fmt: skip
+        weights = PublishedWeights(config.sync, learner, pool, partial(engine_starter, config, gpus))
 
         def sample(prompt: Prompt, step: int) -> Coroutine[Any, Any, RolloutGroup]:
             rollout = config.rollout_at(step)

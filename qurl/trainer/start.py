@@ -23,6 +23,7 @@ from qurl.rewards import RewardPool
 from qurl.rollout.actor import start_engine_actor
 from qurl.rollout.pool import RolloutPool
 from qurl.sync.transports import AUTO, choose_transport
+from qurl.trainer.gpus import GpuReservation
 from qurl.trainer.interrupt import or_interrupt
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ async def started_parts(
     config: TrainConfig,
     run_dir: Path,
     ray_logs: Path,
+    gpus: GpuReservation,
     tokenizer: Any,
     resume_from: Path | None,
     interrupt: asyncio.Event,
@@ -85,10 +87,10 @@ async def started_parts(
 
     Raises Interrupted where `interrupt` comes first, ValueError for what the user must change, else RuntimeError."""
     placement = place(config)
-    learner = _learner(config, placement, run_dir)
+    learner = _learner(config, placement, gpus, run_dir)
     pool = RolloutPool(
         config.rollout,
-        engine_starter(config, full_precision),
+        engine_starter(config, gpus, full_precision),
         run_seed=config.seed,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
     )
@@ -125,7 +127,7 @@ def naming(what: str, ray_logs: Path) -> Iterator[None]:
         raise kind(f"{what}: {one_line(cause)}; the whole output is in {ray_logs}") from error
 
 
-def _learner(config: TrainConfig, placement: Placement, run_dir: Path) -> LearnerGroup:
+def _learner(config: TrainConfig, placement: Placement, gpus: GpuReservation, run_dir: Path) -> LearnerGroup:
     return LearnerGroup(
         config.model,
         config.learner,
@@ -139,7 +141,7 @@ def _learner(config: TrainConfig, placement: Placement, run_dir: Path) -> Learne
         threads=placement.learner_threads,
         seed=config.seed,
         failure_dir=run_dir / "failures",
-        ray_options={"num_gpus": placement.gpus_per_rank},
+        rank_options=lambda rank: {"num_gpus": placement.gpus_per_rank, "scheduling_strategy": gpus.of_rank(rank)},
     )
 
 
@@ -151,7 +153,7 @@ def _transport(config: TrainConfig, placement: Placement) -> str:
     return choose_transport(config.sync.transport, device=placement.device, colocate=config.cluster.colocate)
 
 
-def engine_starter(config: TrainConfig, full_precision: bool) -> Callable[[str], Any]:
+def engine_starter(config: TrainConfig, gpus: GpuReservation, full_precision: bool) -> Callable[[str], Any]:
     """What starts an engine of the pool: as config.quantization says, or without any."""
     placement = place(config)
     return lambda engine_id: start_engine_actor(
@@ -164,4 +166,5 @@ def engine_starter(config: TrainConfig, full_precision: bool) -> Callable[[str],
         threads=placement.engine_threads,
         device=placement.device,
         num_gpus=placement.gpus_per_engine,
+        scheduling_strategy=gpus.of_engine(int(engine_id)),
     )

@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 
@@ -43,19 +46,50 @@ class CommandLine:
         output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
-    def train(self, name: str, *overrides: str) -> tuple[str, ...]:
+    def train(self, name: str, *overrides: str, command: str = "train") -> tuple[str, ...]:
         """Arguments of a run of a few seconds whose rewards vary."""
-        reward = Path(__file__).parent / "rewards" / "token_parity.py"
         return (
-            "train", f"run_name={name}", "model.path=tiny", "data.train.path=sums.jsonl", "data.max_prompt_tokens=16",
+            command, f"run_name={name}", "model.path=tiny", "data.train.path=sums.jsonl", "data.max_prompt_tokens=16",
             "quantization=int8", "rollout.num_prompts_per_step=4", "rollout.num_samples_per_prompt=4",
-            "rollout.max_response_tokens=24", f"reward.function={reward}:score", "learner.learning_rate=1e-3",
+            "rollout.max_response_tokens=24", self.reward("token_parity"), "learner.learning_rate=1e-3",
             "learner.num_mini_batches=2", "checkpoint.every_steps=1", "sync.audit_layers=3", "num_steps=4", *overrides,
         )  # fmt: skip
 
+    def reward(self, name: str) -> str:
+        """Override that names the function of a file in rewards/."""
+        return f"reward.function={Path(__file__).parent / 'rewards' / name}.py:score"
+
     def metrics(self, name: str) -> list[dict[str, float]]:
-        lines = (self.folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        """Of the iterations that a run has logged so far."""
+        path = self.folder / "runs" / name / "metrics.jsonl"
+        whole, _, _ = path.read_text().rpartition("\n") if path.exists() else ("", "", "")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def assert_nothing_is_left(self) -> None:
+        """No living process carries the mark of this test, or soon none does."""
+        deadline = time.monotonic() + 30
+        while left := self._left_over():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
+    def _left_over(self) -> list[str]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("QURL_TEST_MARK") == self.mark:
+                    found.append(" ".join(process.cmdline()))
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Look again and again, as long as the process lives."""
+    deadline = time.monotonic() + 200
+    while not holds():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.fixture

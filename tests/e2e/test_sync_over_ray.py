@@ -1,4 +1,5 @@
-"""The weight stream between real Ray actors: two learner ranks, two engines, every transport of a machine without GPU."""
+"""The weight stream between real Ray actors: two learner ranks, two engines, every transport of a machine without GPU; and which of
+GPUs that Ray only believes in each actor is given."""
 
 import asyncio
 from pathlib import Path
@@ -8,9 +9,12 @@ import ray
 import torch
 
 from qurl.config import SyncConfig
+from qurl.config.compose import compose
+from qurl.config.placement import place
 from qurl.observability.metrics import reduce_metrics
 from qurl.quantization import FORMATS
 from qurl.sync import WeightReceiver, WeightSender, merge_send_reports, publish
+from qurl.trainer.gpus import GpuReservation
 
 LINEARS = [f"layers.{k}.up_proj" for k in range(6)]
 
@@ -103,7 +107,7 @@ class RayLearner:
 def local_ray():
     environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}  # actors import this module
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20,
+        address="local", num_cpus=2, num_gpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20,
         runtime_env={"env_vars": environment},
     )  # fmt: skip
     yield
@@ -134,3 +138,42 @@ def test_two_ranks_and_two_engines_as_ray_actors_survive_the_loss_of_an_engine(l
     fresh = ray.remote(EngineActor).options(num_cpus=0).remote()
     assert asyncio.run(publish(6, learner, [fresh], config=config, full=True)).failed_engines == []
     assert_published(7, [engines[1], fresh])
+
+
+class Tenant:
+    """An actor that knows its GPUs."""
+
+    def gpus(self):
+        return sorted(ray.get_gpu_ids())
+
+
+def settle(overrides, num_engines, num_ranks):
+    """(GPUs of engines, GPUs of ranks) of a run; the first engine is then lost and replaced."""
+    config = compose(["model.path=m", "cluster.device=cuda", *overrides])
+    placement = place(config, num_gpus=4)
+    reservation = GpuReservation(config, placement)
+    asyncio.run(reservation.ready())
+    actor = ray.remote(Tenant)
+
+    def start(num_gpus, strategy):
+        return actor.options(num_cpus=0, num_gpus=num_gpus, scheduling_strategy=strategy).remote()
+
+    started = [start(placement.gpus_per_engine, reservation.of_engine(index)) for index in range(num_engines)]
+    ranks = [start(placement.gpus_per_rank, reservation.of_rank(rank)) for rank in range(num_ranks)]
+    found = [ray.get([tenant.gpus.remote() for tenant in tenants]) for tenants in (started, ranks)]
+    ray.kill(started[0])
+    replacement = start(placement.gpus_per_engine, reservation.of_engine(num_engines))
+    assert ray.get(replacement.gpus.remote()) == found[0][0]
+    reservation.release()
+    return found
+
+
+@pytest.mark.e2e
+def test_an_engine_and_a_rank_share_a_gpu_or_have_their_own(local_ray):
+    engines, ranks = settle(["cluster.colocate=true", "rollout.num_engines=2", "learner.num_ranks=2"], 2, 2)
+    assert engines == ranks and engines[0] != engines[1]
+    engines, ranks = settle(["rollout.tensor_parallel_size=2", "learner.num_ranks=2"], 1, 2)
+    assert len(engines[0]) == 2 and len({*engines[0], *ranks[0], *ranks[1]}) == 4
+    config = compose(["model.path=m", "cluster.device=cuda", "learner.num_ranks=4", "cluster.stall_timeout_s=0.1"])
+    with pytest.raises(RuntimeError, match="5 GPUs are needed"):
+        asyncio.run(GpuReservation(config, place(config, num_gpus=5)).ready())

@@ -3,11 +3,13 @@
 All of these runs are the same run: whatever happens on the way, the numbers must be those of the unbroken one."""
 
 import signal
-import time
+from pathlib import Path
 
 import pytest
+from conftest import CommandLine, wait_until
 from safetensors.torch import load_file
 
+from qurl.cli.main import main
 from qurl.quantization import FORMATS
 
 pytestmark = pytest.mark.e2e
@@ -22,8 +24,6 @@ def numbers(rows):
 
 @pytest.fixture(scope="module")
 def unbroken(workspace):
-    from conftest import CommandLine
-
     command_line = CommandLine(folder=workspace, mark="unbroken")
     code, output = command_line.run(*command_line.train("unbroken"))
     assert code == 0, output
@@ -42,77 +42,49 @@ def test_a_run_logs_every_iteration_and_learns_from_informative_groups(unbroken)
         assert sum(row[f"time/{part}_s"] for part in parts) == pytest.approx(row["time/step_s"], abs=1e-6)
 
 
-@pytest.mark.parametrize("format", ["none", "int8"])
-def test_a_run_is_exported_and_the_export_is_a_model(command_line, unbroken, format):
-    code, output = command_line.run("export", "runs/unbroken", f"exported_{format}", "--format", format)
-    assert code == 0 and output == f"exported_{format}\n", output
-    before, after = (load_file(command_line.folder / name / "model.safetensors") for name in ("tiny", "exported_none"))
+def test_a_run_is_exported_and_the_exports_are_models(command_line, unbroken, monkeypatch):
+    code, output = command_line.run("export", "runs/unbroken", "exported")
+    assert code == 0 and output == "exported\n", output
+    monkeypatch.chdir(command_line.folder)  # what follows starts no other process
+    before, after = (load_file(f"{name}/model.safetensors") for name in ("tiny", "exported"))
     assert before.keys() == after.keys() and not before["model.norm.weight"].equal(after["model.norm.weight"])
-    if format == "none":
-        plan = command_line.run("plan", *command_line.train("again", "model.path=exported_none")[1:])
-        assert plan[0] == 0, plan[1]
-    else:
-        [shard] = (command_line.folder / "exported_int8").glob("*.safetensors")
-        codes = load_file(shard)
-        for name, tensor in FORMATS["int8"].encode(after["model.layers.0.mlp.up_proj.weight"]).items():
-            assert codes[f"model.layers.0.mlp.up_proj.{name}"].equal(tensor)
+    assert main(command_line.train("again", "model.path=exported", command="plan")) == 0
+    assert main(["export", "exported", "exported_int8", "--format", "int8"]) == 0
+    [shard] = Path("exported_int8").glob("*.safetensors")
+    codes = load_file(shard)
+    for name, tensor in FORMATS["int8"].encode(after["model.layers.0.mlp.up_proj.weight"]).items():
+        assert codes[f"model.layers.0.mlp.up_proj.{name}"].equal(tensor)
 
 
-def test_a_run_continued_by_the_same_command_gives_the_same_numbers(command_line, unbroken):
-    assert command_line.run(*command_line.train("halves", "num_steps=2"))[0] == 0
-    code, output = command_line.run(*command_line.train("halves"))
-    assert code == 0, output
-    assert numbers(command_line.metrics("halves")) == numbers(unbroken)
-    code, output = command_line.run(*command_line.train("halves"))
-    assert code == 0 and "trained for all 4 steps" in output
+def test_a_run_that_ctrl_c_and_sigterm_stop_goes_on_to_the_same_numbers(command_line, unbroken):
+    arguments = command_line.train("stopped", "checkpoint.every_steps=0")
+    for stop in (signal.SIGINT, signal.SIGTERM):  # the second as of a preempted node
+        before = len(command_line.metrics("stopped"))
+        process = command_line.start(*arguments, "num_steps=1000")
+        wait_until(lambda: len(command_line.metrics("stopped")) > before, process)  # noqa: B023
+        process.send_signal(stop)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 130, output
+        assert (command_line.folder / "runs/stopped/checkpoints/latest").exists()
+        command_line.assert_nothing_is_left()
+    num_steps = max(4, len(command_line.metrics("stopped")) + 1)
+    for words in ("", f"trained for all {num_steps} steps"):
+        code, output = command_line.run(*arguments, f"num_steps={num_steps}")
+        assert code == 0 and words in output, output
+    rows = command_line.metrics("stopped")
+    assert len(rows) == num_steps and numbers(rows[:4]) == numbers(unbroken)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(command_line, unbroken):
-    arguments = command_line.train("interrupted", "checkpoint.every_steps=0")
-    process = command_line.start(*arguments)
-    wait_for_metrics(command_line, "interrupted", process)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
-    assert (command_line.folder / "runs/interrupted/checkpoints/latest").exists()
-    code, output = command_line.run(*arguments)
-    assert code == 0, output
-    assert numbers(command_line.metrics("interrupted")) == numbers(unbroken)
-
-
-@pytest.mark.parametrize(("victim", "code"), [("EngineActor", 0), ("LearnerRank", 1)])
-def test_kill_9_in_the_middle_of_an_iteration_changes_no_number(command_line, unbroken, tmp_path, victim, code):
-    reward = "reward.function=" + str(__file__).replace("test_training_run.py", "rewards/saboteur.py") + ":score"
-    name = f"killed_{victim}"
-    arguments = command_line.train(name, reward, "rollout.engine_args.max_num_seqs=4")
-    environment = {"QURL_TEST_VICTIM": victim, "QURL_TEST_CALLS": str(tmp_path / "calls")}
-    found, output = command_line.run(*arguments, **environment)
-    assert found == code, output
-    if victim == "EngineActor":
-        rows = command_line.metrics(name)
-        assert rows[-1]["rollout/engine_restart_count"] == 1
-        assert sum(row["rollout/redispatched_count"] for row in rows) > 0
-    else:
-        assert "the same command goes on from the last checkpoint" in output
-        found, output = command_line.run(*arguments, **environment)
-        assert found == 0, output
+def test_kill_9_in_the_middle_of_an_iteration_changes_no_number(command_line, unbroken, tmp_path):
+    """Of a learner rank, which ends the run, then of an engine of the run that goes on, which is replaced."""
+    arguments = command_line.train("killed", command_line.reward("saboteur"), "rollout.engine_args.max_num_seqs=4")
+    for victim, expected in (("LearnerRank", 1), ("EngineActor", 0)):
+        code, output = command_line.run(*arguments, QURL_TEST_VICTIM=victim, QURL_TEST_CALLS=str(tmp_path / victim))
+        assert code == expected, output
+        assert ("the same command goes on from the last checkpoint" in output) == (victim == "LearnerRank")
+    rows = command_line.metrics("killed")
+    assert rows[-1]["rollout/engine_restart_count"] == 1
+    assert sum(row["rollout/redispatched_count"] for row in rows) > 0
     # What is computed together differs after a kill, and with it the last bits of logprobs; the samples are the same.
-    for row, expected in zip(numbers(command_line.metrics(name)), numbers(unbroken), strict=True):
+    for row, expected in zip(numbers(rows), numbers(unbroken), strict=True):
         assert row == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_killed_reward_process_costs_one_counted_error(command_line, tmp_path):
-    reward = "reward.function=" + str(__file__).replace("test_training_run.py", "rewards/saboteur.py") + ":score"
-    environment = {"QURL_TEST_VICTIM": "reward", "QURL_TEST_CALLS": str(tmp_path / "calls")}
-    code, output = command_line.run(*command_line.train("killed_reward", reward), **environment)
-    assert code == 0, output
-    assert sum(row["reward/error_count"] for row in command_line.metrics("killed_reward")) == 1
-
-
-def wait_for_metrics(command_line, name, process):
-    """Until the first iteration is logged."""
-    path = command_line.folder / "runs" / name / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (path.exists() and path.read_text().count("\n") >= 1):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)

@@ -36,6 +36,14 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cheap_garbage_collection():
+    """These tests collect garbage at every turn, which takes long over all that the imports brought."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Make (once) a random model: (architecture, tied, dtype, seed) -> its folder and its parameters."""

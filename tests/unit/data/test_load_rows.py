@@ -95,6 +95,14 @@ def test_max_rows_keeps_the_first_rows_and_reads_no_further(tmp_path):
     refused(path, "max_rows=0", max_rows=0)
 
 
+def test_unique_keeps_the_first_of_rows_with_the_same_problem_and_answer(tmp_path):
+    rows = [{"problem": text, "answer": answer, "id": i} for i, (text, answer) in enumerate(["p1", "q1", "p1", "p2", "q1"])]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [(problem.row, problem.extra["id"]) for problem in load(path, unique=True)] == [(0, 0), (1, 1), (3, 3)]
+    assert [problem.row for problem in load(path, unique=True, max_rows=2)] == [0, 1]
+    assert len(load(path)) == 5
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

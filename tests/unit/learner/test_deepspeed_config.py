@@ -24,6 +24,19 @@ def test_other_keys_are_merged_deeply():
     assert merged["wall_clock_breakdown"] is True
 
 
+@pytest.mark.parametrize(
+    ("stage", "offload", "told"),
+    [
+        (0, {"offload_optimizer": {"device": "cpu"}}, r"offload_optimizer needs learner\.zero_stage=1 or more; found 0"),
+        (2, {"offload_param": {"device": "cpu"}}, r"offload_param needs learner\.zero_stage=3 or more; found 2"),
+        (3, {"offload_optimizer": {"device": "gpu"}}, r"offload_optimizer\.device=gpu does not exist; use one of none, cpu, nvme"),
+    ],
+)
+def test_an_offload_that_would_not_happen_is_refused(stage, offload, told):
+    with pytest.raises(ValueError, match=told):
+        deepspeed_config(LearnerConfig(zero_stage=stage, deepspeed={"zero_optimization": offload}), 10)
+
+
 def test_a_stage_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"learner\.zero_stage=4"):
         deepspeed_config(LearnerConfig(zero_stage=4), 10)

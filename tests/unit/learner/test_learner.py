@@ -377,3 +377,23 @@ def test_recomputation_works_with_partitioned_gradients_and_weights(tmp_path, mo
     for name, weight in weights_of(learner).items():
         # one Adam step of about 1e-3 with a large epsilon, from gradients equal to 1e-5
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "offloaded", "relative"),
+    [
+        (2, LearnerDtype.float32, ["offload_optimizer"], 1e-5),
+        (3, LearnerDtype.bfloat16, ["offload_optimizer", "offload_param"], 2**-7),  # a master near a boundary of rounding
+    ],
+)
+def test_offloading_to_host_memory_trains_the_same_weights(model_folder, stage, dtype, offloaded, relative):
+    found = []
+    for names in ([], offloaded):
+        deepspeed = {"zero_optimization": {name: {"device": "cpu"} for name in names}}
+        learner = build_learner(
+            model_folder, zero_stage=stage, dtype=dtype, deepspeed=deepspeed, adam_epsilon=1e-3, max_tokens_per_micro_batch=32
+        )
+        learner.train_step([SAMPLES[:6], SAMPLES[6:]])
+        found.append(weights_of(learner))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=relative, atol=1e-6, msg=name)

@@ -96,6 +96,73 @@ def test_zero_stages_shard_what_they_say(needed: list[str]) -> None:
     assert [memory[s].optimizer for s in range(4)] == [3 * size] * 4  # bfloat16 at stage 0 runs as stage 1
 
 
+OFFLOADED = "learner.deepspeed.zero_optimization.offload_optimizer.device=cpu"
+
+
+@pytest.mark.parametrize(
+    ("stage", "on_device", "on_host"),  # bytes a parameter: (weights, gradients, optimizer), and all of what is offloaded
+    [(1, (2, 4, 0), (12 + 4 + 2 + 2) / 4), (2, (2, 0, 0), (12 + 4 + 2 + 2) / 4), (3, (2 / 4, 0, 0), (12 + 4 + 4) / 4)],
+)
+def test_an_offloaded_optimizer_is_counted_on_the_host(needed: list[str], stage: int, on_device: tuple, on_host: float) -> None:
+    ranks = ["learner.num_ranks=4", "learner.dtype=bfloat16", f"learner.zero_stage={stage}", "quantization=none"]
+    there, here = (plan([*needed, *ranks, *more], with_gpus(8)) for more in (["cluster=gpu"], ["cluster=gpu", OFFLOADED]))
+    size, memory = there.model.num_parameters, here.learner
+    assert (memory.weights, memory.gradients, memory.optimizer) == tuple(size * n for n in on_device)
+    assert memory.offloaded == size * on_host
+    assert here.host_bytes - there.host_bytes == 4 * memory.offloaded
+
+
+def test_offloaded_weights_are_counted_on_the_host_too(needed: list[str]) -> None:
+    parameters = "learner.deepspeed.zero_optimization.offload_param.device=cpu"
+    ranks = [*needed, "learner.num_ranks=2", "learner.dtype=bfloat16", "learner.zero_stage=3", OFFLOADED]
+    plain, offloaded = (plan([*ranks, *more], LAPTOP).learner for more in ([], [parameters]))
+    assert (offloaded.weights, offloaded.offloaded) == (0, plain.offloaded + plain.weights)
+
+
+def test_zero_3_shards_the_reference_and_gathers_what_others_hold(needed: list[str]) -> None:
+    options = [*needed, "algorithm=grpo_kl", "learner.num_ranks=4"]
+    whole, sharded = (plan([*options, f"learner.zero_stage={stage}"]).learner for stage in (2, 3))
+    assert (whole.gathered, sharded.gathered) == (0, whole.weights)
+    assert (whole.reference, sharded.reference) == (whole.weights, whole.weights // 4)
+    assert sharded.while_starting > sharded.while_training - sharded.activations - sharded.logits - sharded.gathered
+
+
+def test_a_described_cluster_is_judged_node_by_node(needed: list[str]) -> None:
+    many = [*needed, "cluster=ray", "learner.num_ranks=16", "rollout.num_engines=8", "rollout.tensor_parallel_size=2"]
+    nodes = dataclasses.replace(with_gpus(8), num_nodes=4)
+    with pytest.raises(ConfigError, match="need 32 GPUs, 24 found"):
+        plan(many, dataclasses.replace(nodes, num_nodes=3))
+    with pytest.raises(ConfigError, match="of a node's 1.0 GiB memory"):
+        plan(many, dataclasses.replace(nodes, memory_bytes=GIB))
+    found = plan(many, nodes)
+    assert not any("not judged" in warning for warning in found.warnings)
+    one_node = plan([*needed, "cluster=gpu", "learner.num_ranks=8", "learner.zero_stage=0"], with_gpus(9))
+    assert found.host_bytes == pytest.approx(one_node.host_bytes, rel=0.2)  # eight ranks, or eight and an engine
+
+
+def test_an_engine_stays_on_a_node(needed: list[str]) -> None:
+    machine = dataclasses.replace(with_gpus(1), num_nodes=4)
+    with pytest.raises(ConfigError, match=r"rollout\.tensor_parallel_size=2: .* whose GPUs are 1"):
+        plan([*needed, "cluster=gpu", "rollout.tensor_parallel_size=2"], machine)
+
+
+def test_a_stage_has_its_own_batch_and_cache(needed: list[str]) -> None:
+    stages = "stages=[{from_step:5,num_samples_per_prompt:4},{from_step:9,max_response_tokens:128,num_prompts_per_step:16}]"
+    found = plan([*needed, stages, "num_steps=20"])
+    assert [stage.from_step for stage in found.stages] == [5, 9]
+    batches = [found.batch, *(stage.batch for stage in found.stages)]
+    assert [(b.num_prompts, b.num_samples, b.longest_tokens) for b in batches] == [(32, 256, 128), (32, 128, 128), (16, 64, 192)]
+    engines = [found.engine, *(stage.engine for stage in found.stages)]
+    per_token = 2 * 2 * 2 * 16 * 2  # k and v, layers, heads, head size, bytes
+    assert [engine.kv_all for engine in engines] == [256 * 128 * per_token, 128 * 128 * per_token, 64 * 192 * per_token]
+
+
+def test_positions_beyond_those_of_the_model_are_accepted_where_the_configuration_says_so(needed: list[str]) -> None:
+    longer = [*needed, "rollout.max_response_tokens=1000", "learner.max_tokens_per_micro_batch=2000"]
+    found = plan([*longer, "model.max_position_embeddings=1064"])
+    assert (found.model.max_position_embeddings, found.batch.longest_tokens) == (1064, 1064)
+
+
 def test_tracking_updates_keeps_the_quantized_weights_in_float32_on_the_host(needed: list[str]) -> None:
     plain, tracking = (plan([*needed, "quantization=int8", f"sync.track_updates={value}"]) for value in ("false", "true"))
     model = plain.model
@@ -202,9 +269,10 @@ def test_a_learner_that_does_not_fit_its_gpu_is_refused(needed: list[str], tmp_p
         num_key_value_heads=4, tie_word_embeddings=False,
     ).save_pretrained(tmp_path)  # fmt: skip
     seven_billion = [*needed, f"model.path={tmp_path}", "cluster=gpu", "learner.dtype=bfloat16", "sync.track_changes=false"]
+    machine = dataclasses.replace(with_gpus(8), memory_bytes=512 * GIB)
     with pytest.raises(ConfigError, match="learner.zero_stage"):
-        plan(seven_billion, with_gpus(8))
-    found = plan([*seven_billion, "learner.num_ranks=7", "learner.zero_stage=3"], with_gpus(8))
+        plan(seven_billion, machine)
+    found = plan([*seven_billion, "learner.num_ranks=7", "learner.zero_stage=3"], machine)
     assert found.model.num_parameters == 7_615_616_512  # published size of Qwen2.5-7B
     assert math.isclose(found.bf16_bytes / found.wire_bytes, 1.75, rel_tol=0.01)  # embeddings and head stay bfloat16
 
