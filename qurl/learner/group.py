@@ -106,7 +106,7 @@ class LearnerGroup:
         """Start the processes and load the model. Raises what Learner raises, LearnerDied for a lost process."""
         actor = ray.remote(LearnerRank)
         self._ranks = [
-            actor.options(**(self._ray_options | self._rank_options(rank))).remote() for rank in range(self._config.num_ranks)
+            actor.options(**{**self._ray_options, **self._rank_options(rank)}).remote() for rank in range(self._config.num_ranks)
         ]
         [(address, port)] = await self._gather([self._ranks[0].address.remote()])
         world = {"world_size": len(self._ranks), "master_address": address, "master_port": port}
