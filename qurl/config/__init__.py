@@ -19,20 +19,7 @@ from qurl.config.guard import GuardAction, GuardConfig
 from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig
 from qurl.config.probe import ProbeConfig
-from qurl.config.quantization import (
-    Fp8BlockConfig,
-    Fp8Config,
-    Int4Config,
-    Int8Config,
-    LobcqConfig,
-    LobcqInt8Config,
-    LobcqW4a16Config,
-    Mxfp4Config,
-    Nf4Config,
-    Nvfp4Config,
-    QuantizationConfig,
-    UpdateAwareness,
-)
+from qurl.config.quantization import QuantizationConfig, UpdateAwareness
 from qurl.config.reward import RewardConfig
 from qurl.config.rollout import RolloutConfig, StageConfig
 from qurl.config.run import CheckpointConfig, ClusterConfig, Device, EvaluationConfig, LoggingConfig, TrainConfig, WandbMode
@@ -40,10 +27,8 @@ from qurl.config.sync import SyncConfig
 
 __all__ = [
     "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig",
-    "CriticConfig", "DataConfig", "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "Fp8BlockConfig",
-    "Fp8Config", "GuardAction", "GuardConfig", "Int4Config", "Int8Config", "KLConfig", "KLEstimator", "KLPlacement",
-    "LearnerConfig", "LearnerDtype", "LobcqConfig", "LobcqInt8Config", "LobcqW4a16Config", "LoggingConfig", "ModelConfig",
-    "Mxfp4Config", "Nf4Config", "Nvfp4Config", "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "ProbeConfig",
-    "QuantizationConfig", "Rejection", "RewardConfig", "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig",
-    "UpdateAwareness", "WandbMode",
+    "CriticConfig", "DataConfig", "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "GuardAction",
+    "GuardConfig", "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig",
+    "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "ProbeConfig", "QuantizationConfig", "Rejection", "RewardConfig",
+    "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
 ]

@@ -25,37 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-from qurl.config.quantization import (
-    Fp8BlockConfig,
-    Fp8Config,
-    Int4Config,
-    Int8Config,
-    LobcqConfig,
-    LobcqInt8Config,
-    LobcqW4a16Config,
-    Mxfp4Config,
-    Nf4Config,
-    Nvfp4Config,
-    QuantizationConfig,
-)
 from qurl.config.rollout import StageConfig
 from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
-
-SCHEMAS = {
-    "none": QuantizationConfig,
-    "int8": Int8Config,
-    "fp8": Fp8Config,
-    "fp8_block": Fp8BlockConfig,
-    "mxfp4": Mxfp4Config,
-    "nvfp4": Nvfp4Config,
-    "int4": Int4Config,
-    "nf4": Nf4Config,
-    "lobcq": LobcqConfig,
-    "lobcq_int8": LobcqInt8Config,
-    "lobcq_w4a16": LobcqW4a16Config,
-}
-"""Options of the group `quantization` and their dataclasses."""
 
 YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -69,7 +41,7 @@ def assets_dir(name: str) -> Path:
 
 def compose(overrides: Sequence[str]) -> TrainConfig:
     """The configuration that `overrides` describe, in Hydra's grammar. Raises ConfigError, in one line, for anything wrong."""
-    _store_schemas()
+    _store_schema()
     try:
         parsed = [_parse(line) for line in overrides]
         _check_keys(parsed)
@@ -79,9 +51,6 @@ def compose(overrides: Sequence[str]) -> TrainConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
     assert isinstance(config, TrainConfig)
-    chosen = config.quantization
-    if type(chosen) is not SCHEMAS.get(chosen.format):
-        raise ConfigError(f"quantization.format={chosen.format} is another option's; use quantization={chosen.format}")
     return config
 
 
@@ -95,11 +64,9 @@ def load_config(path: Path) -> TrainConfig:
     return compose([f"recipe='{path}'"])
 
 
-def _store_schemas() -> None:
+def _store_schema() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=TrainConfig)
-    for name, node in SCHEMAS.items():
-        store.store(group="schema/quantization", name=name, node=node)
 
 
 def _parse(line: str) -> Override:
@@ -122,6 +89,8 @@ def _check_keys(parsed: list[Override]) -> None:
         key = override.key_or_group
         if key in groups:
             _check_option(key, str(override.value()))
+        elif key == "quantization.format":
+            raise ConfigError(f"{override.input_line} is another option's; use quantization={override.value()}")
         elif key not in valid | groups and _dict_field(key) is None:
             raise ConfigError(f"{override.input_line}: unknown key {key!r}{_near(key, valid | groups)}")
 
@@ -158,7 +127,7 @@ def _store_recipe(path: Path) -> str:
         raise ConfigError(f"recipe={path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"recipe={path} is not a mapping of configuration keys")
-    if OmegaConf.select(content, "quantization.format") is not None:  # a resolved configuration; the option carries the format
+    if OmegaConf.select(content, "quantization.format") is not None:  # a resolved configuration; what the user chooses must win
         option = content.quantization.pop("format")
         content.defaults = [*content.get("defaults", []), {"override /quantization": option}]
     name = re.sub(r"\W", "_", str(path.with_suffix("")))

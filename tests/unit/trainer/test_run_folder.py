@@ -3,13 +3,13 @@
 import pytest
 import yaml
 
-from qurl.config import Int8Config, StageConfig, TrainConfig
+from qurl.config import QuantizationConfig, StageConfig, TrainConfig
 from qurl.errors import ConfigError
 from qurl.trainer.run_folder import RunFolder
 
 
 def config(tmp_path, **changes):
-    made = TrainConfig(run_name="r", output_dir=str(tmp_path), quantization=Int8Config())
+    made = TrainConfig(run_name="r", output_dir=str(tmp_path), quantization=QuantizationConfig(format="int8"))
     made.model.path = "m"
     for key, value in changes.items():
         setattr(made, key, value)
