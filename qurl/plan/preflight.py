@@ -127,6 +127,11 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
     if experts:
         name = config.quantization.format
         raise ConfigError(f"quantization={name}: mixtures of experts are not supported ({experts[0]}); use quantization=none")
+    if size > 1 and FORMATS[config.quantization.format].matrix_tensors:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size={size}: quantization={config.quantization.format} has a scale for the whole of a "
+            "weight, which cannot be divided; use rollout.tensor_parallel_size=1 or quantization=mxfp4"
+        )
     targets = select_targets(model.linear_names, config.quantization.ignore)
     for name in sorted(targets):
         try:

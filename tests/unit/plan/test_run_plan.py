@@ -229,6 +229,7 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["data.train.path=/"], LAPTOP, "data.train.path=/ is a folder"),
         (["learner.deepspeed.optimizer.type=SGD"], LAPTOP, "learner.deepspeed.optimizer"),
         (["rollout.tensor_parallel_size=3", "cluster=gpu"], with_gpus(8), "use one of 1, 2, 4"),
+        (["rollout.tensor_parallel_size=2", "quantization=nvfp4"], LAPTOP, "or quantization=mxfp4"),
         (["rollout.max_response_tokens=1000", "learner.max_tokens_per_micro_batch=2000"], LAPTOP, "512 positions"),
         (["evaluation.max_response_tokens=1000"], LAPTOP, "512 positions"),
         (["model.attn_implementation=spda"], LAPTOP, "model.attn_implementation=spda is unknown; use one of eager, "),
