@@ -1,5 +1,5 @@
 # make quickstart   install, prepare, train a small model by RLVR on INT8 rollouts, write the report (about ten minutes on two cores)
-# make ablation     every correction, INT8 and MXFP4 rollouts, 3 seeds, one page (about 80 minutes on two cores)
+# make ablation     every correction, INT8 and MXFP4 rollouts, 3 seeds, one page (80 to 100 minutes on two cores)
 # make test         unit and end-to-end tests;  make check: lint, types, layers, unit tests
 
 SHELL := /bin/bash
