@@ -1,4 +1,4 @@
-"""`qurl bench rollout|sync`: run a benchmark and print its rows."""
+"""`qurl bench rollout|sync|break-even`: run a benchmark and print its rows."""
 
 from __future__ import annotations
 
@@ -24,16 +24,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rollout.add_argument("--num-threads", type=int, metavar="N", help="of an engine; default: all cores")
     sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
     sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
+    even = benchmarks.add_parser("break-even", help="whether a format pays in the iterations of a run, by the other two benchmarks")
+    even.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    for other in ("rollout", "sync"):
+        even.add_argument(f"--{other}", type=Path, required=True, metavar="FILE", help=f"what `qurl bench {other} --json` wrote")
+    even.add_argument("--shape", metavar="SHAPE", help="of the rollout benchmark, where it measured several")
+    even.add_argument("--batch-size", type=int, metavar="N", help="likewise")
+    even.add_argument("--transport", metavar="TRANSPORT", help="of the sync benchmark, where it measured several")
     for command in (rollout, sync):
         command.add_argument("--formats", nargs="+", metavar="FORMAT", help="none, int8, fp8, mxfp4, ...; rollout: stock_int8 too")
         command.add_argument("--num-rounds", type=int, metavar="N", help="turns of every format; a ratio is the median over rounds")
+    for command in (rollout, sync, even):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
 
 
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a shape, format or transport that does not exist."""
     options = {k: v for k, v in vars(args).items() if k not in ("command", "benchmark", "json") and v is not None}
-    rows = _rollout_rows(options) if args.benchmark == "rollout" else _sync_rows(options)
+    rows = {"rollout": _rollout_rows, "sync": _sync_rows, "break-even": _break_even_rows}[args.benchmark](options)
     _print(rows)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
@@ -67,6 +75,12 @@ def _sync_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
         return [dataclasses.asdict(row) for row in run_sync_bench(**options)]
     finally:
         ray.shutdown()
+
+
+def _break_even_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+    from qurl.bench.break_even import run_break_even
+
+    return [dataclasses.asdict(row) for row in run_break_even(**options)]
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
