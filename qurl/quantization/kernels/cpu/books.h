@@ -1,0 +1,76 @@
+// Codebooks in the forms that the loops look up, and the numbers that go with them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "tiles.h"
+
+struct alignas(64) Books {
+    int8_t pairs[ENTRIES * ENTRIES][2 * ENTRIES];         // book i, then book k, at i + 16 k
+    uint8_t shifted_pairs[ENTRIES * ENTRIES][2 * ENTRIES]; // the same + 32, where codewords have 6 bits
+    float nearest[4 * 127 + 1][ENTRIES];                   // by half step from -largest on and book: the nearest entry
+    float e4m3[256];                                       // 2^-8 of what a byte stands for
+    int largest;
+
+    bool is_narrow() const { return largest == 31; }
+
+    Books(const int8_t* entries, int largest) : largest(largest) {
+        for (int i = 0; i < ENTRIES; ++i)
+            for (int k = 0; k < ENTRIES; ++k) {
+                std::memcpy(pairs[i + ENTRIES * k], entries + ENTRIES * i, ENTRIES);
+                std::memcpy(pairs[i + ENTRIES * k] + ENTRIES, entries + ENTRIES * k, ENTRIES);
+            }
+        for (int i = 0; i < ENTRIES * ENTRIES; ++i)
+            for (int j = 0; j < 2 * ENTRIES; ++j) shifted_pairs[i][j] = static_cast<uint8_t>(pairs[i][j] + 32);
+        for (int step = 0; step <= 4 * largest; ++step)
+            for (int book = 0; book < ENTRIES; ++book) {
+                const int8_t* entry = entries + ENTRIES * book;
+                int code = 0;  // a number halfway between two entries gets the larger
+                while (code < ENTRIES - 1 && step - 2 * largest >= entry[code] + entry[code + 1]) ++code;
+                nearest[step][book] = entry[code];
+            }
+        for (int byte = 0; byte < 256; ++byte) {
+            const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+            e4m3[byte] = std::ldexp(exponent ? 8.0f + mantissa : 2.0f * mantissa, (exponent ? exponent : 0) - 18);
+        }
+    }
+};
+
+// The E4M3 number nearest to one in [0, 448], ties to even.
+inline float round_e4m3(float value) {
+    if (value < 0.015625f) return std::nearbyint(value * 512.0f) / 512.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits = (bits + 0x7FFFF + (bits >> 20 & 1)) & 0xFFF00000;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float from_bfloat16(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Ties to even; a NaN stays one.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+// Activations as they are multiplied.
+struct Tokens {
+    int64_t count, columns;
+    float* values;    // [count, columns], W4A16; else
+    int8_t* codes;    // [count, columns], codewords
+    float* scales;    // [count, arrays], E4M3 numbers times 2^8
+    int32_t* offsets; // [count, arrays], 32 times the sum of an array's codewords
+    double* factors;  // [count], reciprocals of the tokens' float32 scales, NaN for a token that is not finite
+
+    int64_t arrays() const { return columns / ARRAY; }
+};

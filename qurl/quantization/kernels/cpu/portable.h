@@ -1,0 +1,150 @@
+// The loops in plain C++. They are also what the numbers mean: the others give the same bits.
+//
+// W4A4: sums over an array are whole numbers, below 2^24 and so exact in float32; each is multiplied by the product of the two
+// E4M3 scales, and these terms are added in float32 in the order of the arrays. W4A16: products are added in float32, for each of
+// the eight places in a block over the blocks of an array, then the places two by two; times the scale, and over the arrays as
+// above. The float32 scales of matrix and token are applied at the end, in double. Nothing is fused, so nothing depends on the CPU.
+#pragma once
+
+#include "books.h"
+
+constexpr int TOKENS = 64;  // that go through a tile together
+
+struct Source {
+    const void* x;  // [tokens, columns]
+    bool is_bfloat16;
+};
+
+struct Target {
+    void* out;  // [tokens, rows]
+    bool is_bfloat16;
+    const void* bias;  // [rows] or null
+    bool is_bias_bfloat16;
+};
+
+using Totals = float[TOKENS][HEIGHT];
+
+// A token as float32, and its largest magnitude: Inf or NaN where it has one.
+inline __attribute__((always_inline)) float load_token(const Source& source, int64_t token, int64_t columns, float* values) {
+    if (source.is_bfloat16) {
+        const uint16_t* x = static_cast<const uint16_t*>(source.x) + token * columns;
+        for (int64_t i = 0; i < columns; ++i) values[i] = from_bfloat16(x[i]);
+    } else {
+        std::memcpy(values, static_cast<const float*>(source.x) + token * columns, static_cast<size_t>(columns) * 4);
+    }
+    int32_t largest = 0;
+    for (int64_t i = 0; i < columns; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, values + i, 4);
+        bits &= 0x7FFFFFFF;
+        largest = bits > largest ? bits : largest;
+    }
+    float amax;
+    std::memcpy(&amax, &largest, 4);
+    return amax;
+}
+
+// The float32 scale of a token; NaN for one that is not finite.
+inline float global_scale_of(float amax, const Books& books) {
+    if (!std::isfinite(amax)) return NAN;
+    const float scale = static_cast<float>(books.largest * 448) / amax;
+    return scale < 0x1p100f ? scale : 0x1p100f;
+}
+
+inline float array_scale(const float* values, float global_scale, const Books& books) {
+    float amax = 0.0f;
+    for (int i = 0; i < ARRAY; ++i) amax = std::fabs(values[i]) > amax ? std::fabs(values[i]) : amax;
+    const float scale = amax / static_cast<float>(books.largest) * global_scale;
+    return round_e4m3(scale < 448.0f ? scale : 448.0f);
+}
+
+// Where the results of a tile for a token go: * scales + bias, rounded once to float32 and once to the dtype.
+inline __attribute__((always_inline)) void store(const float* totals, const Matrix& matrix, int64_t tile, int64_t token, double factor,
+                                                 const Target& target) {
+    const int64_t first = tile * HEIGHT;
+    const int count = static_cast<int>(matrix.rows - first < HEIGHT ? matrix.rows - first : HEIGHT);
+    float results[HEIGHT];
+    for (int r = 0; r < HEIGHT; ++r) results[r] = static_cast<float>(totals[r] * (matrix.row_scales()[first + r] * factor));
+    for (int r = 0; r < count; ++r) {
+        float result = results[r];
+        if (target.bias && target.is_bias_bfloat16) result += from_bfloat16(static_cast<const uint16_t*>(target.bias)[first + r]);
+        else if (target.bias) result += static_cast<const float*>(target.bias)[first + r];
+        const int64_t place = token * matrix.rows + first + r;
+        if (target.is_bfloat16) static_cast<uint16_t*>(target.out)[place] = to_bfloat16(result);
+        else static_cast<float*>(target.out)[place] = result;
+    }
+}
+
+namespace portable {
+
+void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token, Tokens& tokens) {
+    for (int64_t g = first; g < last; ++g) {
+        const float scale = array_scale(values + g * ARRAY, global_scale, books);
+        const float inverse = scale > 0.0f ? global_scale / scale : 0.0f;
+        const float largest = static_cast<float>(books.largest);
+        int32_t sum = 0;
+        for (int b = 0; b < BLOCKS; ++b) {
+            const float* block = values + g * ARRAY + b * BLOCK;
+            int8_t* codes = tokens.codes + token * tokens.columns + g * ARRAY + b * BLOCK;
+            const float* nearest[BLOCK];
+            float errors[ENTRIES] = {};
+            for (int i = 0; i < BLOCK; ++i) {
+                const float value = block[i] * inverse;
+                const float clamped = value < -largest ? -largest : value > largest ? largest : value;
+                nearest[i] = books.nearest[static_cast<int>(std::floor(2.0f * clamped)) + 2 * books.largest];
+                for (int book = 0; book < ENTRIES; ++book) {
+                    const float error = nearest[i][book] - value;
+                    errors[book] += error * error;
+                }
+            }
+            int best = 0;
+            for (int book = 1; book < ENTRIES; ++book) best = errors[book] < errors[best] ? book : best;
+            for (int i = 0; i < BLOCK; ++i) sum += codes[i] = static_cast<int8_t>(nearest[i][best]);
+        }
+        tokens.scales[token * tokens.arrays() + g] = scale * 256.0f;
+        tokens.offsets[token * tokens.arrays() + g] = 32 * sum;
+    }
+}
+
+float load(const Source& source, int64_t token, int64_t columns, float* values) { return load_token(source, token, columns, values); }
+
+inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int64_t g, int8_t numbers[HEIGHT][ARRAY]) {
+    for (int r = 0; r < HEIGHT; ++r)
+        for (int b = 0; b < BLOCKS; ++b) {
+            const uint8_t* codes = matrix.codes(tile) + (g * BLOCKS + b) * 32 + ((r & 1) | (r >> 2) << 1) * 8;
+            const int book = matrix.selectors(tile)[(g * BLOCKS + b) * 4 + (r & 3)] >> (r >> 2) * 4 & 15;
+            for (int j = 0; j < BLOCK; ++j) numbers[r][b * BLOCK + j] = books.pairs[book][codes[j] >> (r >> 1 & 1) * 4 & 15];
+        }
+}
+
+inline float sum_values(const int8_t* numbers, const float* x) {
+    float sums[BLOCK] = {};
+    for (int i = 0; i < ARRAY; ++i) sums[i % BLOCK] += static_cast<float>(numbers[i]) * x[i];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+inline float sum_codes(const int8_t* numbers, const int8_t* x) {
+    int32_t sum = 0;
+    for (int i = 0; i < ARRAY; ++i) sum += numbers[i] * x[i];
+    return static_cast<float>(sum);
+}
+
+void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, int64_t tile, int64_t first, int64_t last,
+              const Target& target) {
+    Totals totals = {};
+    int8_t numbers[HEIGHT][ARRAY];
+    for (int64_t g = 0; g < matrix.arrays(); ++g) {
+        look_up(books, matrix, tile, g, numbers);
+        for (int64_t m = first; m < last; ++m)
+            for (int r = 0; r < HEIGHT; ++r) {
+                const float weight_scale = books.e4m3[matrix.scales(tile)[g * HEIGHT + r]];
+                const int64_t place = m * matrix.columns + g * ARRAY;
+                totals[m - first][r] += tokens.values ? sum_values(numbers[r], tokens.values + place) * (weight_scale * 256.0f)
+                                                      : sum_codes(numbers[r], tokens.codes + place) *
+                                                            (weight_scale * tokens.scales[m * tokens.arrays() + g]);
+            }
+    }
+    for (int64_t m = first; m < last; ++m) store(totals[m - first], matrix, tile, m, tokens.values ? 1.0 : tokens.factors[m], target);
+}
+
+}  // namespace portable
