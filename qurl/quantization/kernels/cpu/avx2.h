@@ -24,6 +24,41 @@ AVX2 float load(const Source& source, int64_t token, int64_t columns, float* val
     return load_token(source, token, columns, values);
 }
 
+AVX2_INLINE float largest_of(__m256 values) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+AVX2_INLINE float array_scale(const float* values, float global_scale, const Books& books) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 amax = _mm256_setzero_ps();
+    for (int i = 0; i < ARRAY; i += 8) amax = _mm256_max_ps(amax, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
+    return scale_of_array(largest_of(amax), global_scale, books);
+}
+
+// The book with the least sum of squared errors for a block; the first of equals. steps: of its numbers, see Books::nearest.
+AVX2_INLINE int best_book(const Books& books, const float* block, const int32_t* steps) {
+    __m256 errors[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK; ++i) {
+        const __m256 value = _mm256_broadcast_ss(block + i);
+        for (int part = 0; part < 2; ++part) {
+            const __m256 error = _mm256_sub_ps(_mm256_load_ps(books.nearest[steps[i]] + 8 * part), value);
+            const __m256 square = _mm256_mul_ps(error, error);
+            errors[part] = i ? _mm256_add_ps(errors[part], square) : square;
+        }
+    }
+    __m256 least = _mm256_min_ps(errors[0], errors[1]);
+    least = _mm256_min_ps(least, _mm256_permute2f128_ps(least, least, 1));
+    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4E));
+    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xB1));
+    const __m256i equal = _mm256_packs_epi32(_mm256_castps_si256(_mm256_cmp_ps(errors[0], least, _CMP_EQ_OQ)),
+                                             _mm256_castps_si256(_mm256_cmp_ps(errors[1], least, _CMP_EQ_OQ)));
+    const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(equal, 0xD8)));
+    return __builtin_ctz(bits) / 2;  // two bits for each book, in order
+}
+
 AVX2 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
                  Tokens& tokens) {
     const __m256 largest = _mm256_set1_ps(static_cast<float>(books.largest)), smallest = _mm256_sub_ps(_mm256_setzero_ps(), largest);
@@ -31,33 +66,20 @@ AVX2 void encode(const Books& books, const float* values, float global_scale, in
     for (int64_t g = first; g < last; ++g) {
         const float scale = array_scale(values + g * ARRAY, global_scale, books);
         const __m256 inverse = _mm256_set1_ps(scale > 0.0f ? global_scale / scale : 0.0f);
-        int32_t sum = 0;
-        for (int b = 0; b < BLOCKS; ++b) {
-            int8_t* codes = tokens.codes + token * tokens.columns + g * ARRAY + b * BLOCK;
-            alignas(32) float block[BLOCK];
-            alignas(32) int32_t steps[BLOCK];
-            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + b * BLOCK), inverse);
+        alignas(32) float scaled[ARRAY];
+        alignas(32) int32_t steps[ARRAY];
+        for (int i = 0; i < ARRAY; i += 8) {
+            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + i), inverse);
             const __m256 clamped = _mm256_min_ps(_mm256_max_ps(value, smallest), largest);
             const __m256 half = _mm256_floor_ps(_mm256_add_ps(clamped, clamped));
-            _mm256_store_ps(block, value);
-            _mm256_store_si256(reinterpret_cast<__m256i*>(steps), _mm256_add_epi32(_mm256_cvtps_epi32(half), middle));
-            __m256 errors[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-            for (int i = 0; i < BLOCK; ++i) {
-                const __m256 one = _mm256_broadcast_ss(block + i);
-                for (int part = 0; part < 2; ++part) {
-                    const __m256 error = _mm256_sub_ps(_mm256_load_ps(books.nearest[steps[i]] + 8 * part), one);
-                    errors[part] = _mm256_add_ps(errors[part], _mm256_mul_ps(error, error));
-                }
-            }
-            __m256 least = _mm256_min_ps(errors[0], errors[1]);
-            least = _mm256_min_ps(least, _mm256_permute2f128_ps(least, least, 1));
-            least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4E));
-            least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xB1));
-            const int equal = _mm256_movemask_ps(_mm256_cmp_ps(errors[0], least, _CMP_EQ_OQ)) |
-                              _mm256_movemask_ps(_mm256_cmp_ps(errors[1], least, _CMP_EQ_OQ)) << 8;
-            const int best = __builtin_ctz(equal | 1 << 15);
-            for (int i = 0; i < BLOCK; ++i) sum += codes[i] = static_cast<int8_t>(books.nearest[steps[i]][best]);
+            _mm256_store_ps(scaled + i, value);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(steps + i), _mm256_add_epi32(_mm256_cvtps_epi32(half), middle));
         }
+        int8_t* codes = tokens.codes + token * tokens.columns + g * ARRAY;
+        int best[BLOCKS];
+        for (int b = 0; b < BLOCKS; ++b) best[b] = best_book(books, scaled + b * BLOCK, steps + b * BLOCK);
+        int32_t sum = 0;
+        for (int i = 0; i < ARRAY; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best[i / BLOCK]];
         tokens.scales[token * tokens.arrays() + g] = scale * 256.0f;
         tokens.offsets[token * tokens.arrays() + g] = 32 * sum;
     }
@@ -98,7 +120,8 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
     for (int t = 0; t < NUM_TOKENS; ++t) total[t] = _mm256_loadu_ps(totals[t]);
     for (int64_t g = first; g < last; ++g) {
         __m256i sums[NUM_TOKENS][2];
-#pragma GCC unroll 8
+        for (int t = 0; t < NUM_TOKENS; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
+#pragma GCC unroll 1
         for (int b = 0; b < BLOCKS; ++b) {
             __m256i weights[2];
             if (IS_LOOKED_UP) {
@@ -116,11 +139,11 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
                     __m256i products;
                     if (IS_NARROW) {
                         products = _mm256_maddubs_epi16(weights[part], x);
-                        sums[t][part] = b ? _mm256_add_epi16(sums[t][part], products) : products;
+                        sums[t][part] = _mm256_add_epi16(sums[t][part], products);
                     } else {
                         products = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(weights[part], x));
                         products = _mm256_madd_epi16(products, ones);
-                        sums[t][part] = b ? _mm256_add_epi32(sums[t][part], products) : products;
+                        sums[t][part] = _mm256_add_epi32(sums[t][part], products);
                     }
                 }
             }

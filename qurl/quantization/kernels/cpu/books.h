@@ -11,6 +11,7 @@ struct alignas(64) Books {
     int8_t pairs[ENTRIES * ENTRIES][2 * ENTRIES];         // book i, then book k, at i + 16 k
     uint8_t shifted_pairs[ENTRIES * ENTRIES][2 * ENTRIES]; // the same + 32, where codewords have 6 bits
     float nearest[4 * 127 + 1][ENTRIES];                   // by half step from -largest on and book: the nearest entry
+    int8_t nearest_codeword[4 * 127 + 1][ENTRIES];         // the same numbers
     float e4m3[256];                                       // 2^-8 of what a byte stands for
     int largest;
 
@@ -29,7 +30,7 @@ struct alignas(64) Books {
                 const int8_t* entry = entries + ENTRIES * book;
                 int code = 0;  // a number halfway between two entries gets the larger
                 while (code < ENTRIES - 1 && step - 2 * largest >= entry[code] + entry[code + 1]) ++code;
-                nearest[step][book] = entry[code];
+                nearest[step][book] = nearest_codeword[step][book] = entry[code];
             }
         for (int byte = 0; byte < 256; ++byte) {
             const int exponent = byte >> 3 & 15, mantissa = byte & 7;

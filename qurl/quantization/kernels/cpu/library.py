@@ -19,7 +19,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = ("lobcq.cpp", "avx2.h", "portable.h", "books.h", "tiles.h")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-fno-tree-reassoc", "-ffp-contract=off", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 PATHS = ("portable", "avx2")
 """Sets of instructions, as the library numbers them."""

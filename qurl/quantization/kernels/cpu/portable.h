@@ -6,6 +6,8 @@
 // above. The float32 scales of matrix and token are applied at the end, in double. Nothing is fused, so nothing depends on the CPU.
 #pragma once
 
+#include <algorithm>
+
 #include "books.h"
 
 constexpr int TOKENS = 64;  // that go through a tile together
@@ -51,9 +53,7 @@ inline float global_scale_of(float amax, const Books& books) {
     return scale < 0x1p100f ? scale : 0x1p100f;
 }
 
-inline float array_scale(const float* values, float global_scale, const Books& books) {
-    float amax = 0.0f;
-    for (int i = 0; i < ARRAY; ++i) amax = std::fabs(values[i]) > amax ? std::fabs(values[i]) : amax;
+inline float scale_of_array(float amax, float global_scale, const Books& books) {
     const float scale = amax / static_cast<float>(books.largest) * global_scale;
     return round_e4m3(scale < 448.0f ? scale : 448.0f);
 }
@@ -79,27 +79,29 @@ namespace portable {
 
 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token, Tokens& tokens) {
     for (int64_t g = first; g < last; ++g) {
-        const float scale = array_scale(values + g * ARRAY, global_scale, books);
+        float amax = 0.0f;
+        for (int i = 0; i < ARRAY; ++i) amax = std::max(amax, std::fabs(values[g * ARRAY + i]));
+        const float scale = scale_of_array(amax, global_scale, books);
         const float inverse = scale > 0.0f ? global_scale / scale : 0.0f;
         const float largest = static_cast<float>(books.largest);
         int32_t sum = 0;
         for (int b = 0; b < BLOCKS; ++b) {
             const float* block = values + g * ARRAY + b * BLOCK;
             int8_t* codes = tokens.codes + token * tokens.columns + g * ARRAY + b * BLOCK;
-            const float* nearest[BLOCK];
+            int steps[BLOCK];
             float errors[ENTRIES] = {};
             for (int i = 0; i < BLOCK; ++i) {
                 const float value = block[i] * inverse;
                 const float clamped = value < -largest ? -largest : value > largest ? largest : value;
-                nearest[i] = books.nearest[static_cast<int>(std::floor(2.0f * clamped)) + 2 * books.largest];
+                steps[i] = static_cast<int>(std::floor(2.0f * clamped)) + 2 * books.largest;
                 for (int book = 0; book < ENTRIES; ++book) {
-                    const float error = nearest[i][book] - value;
+                    const float error = books.nearest[steps[i]][book] - value;
                     errors[book] += error * error;
                 }
             }
             int best = 0;
             for (int book = 1; book < ENTRIES; ++book) best = errors[book] < errors[best] ? book : best;
-            for (int i = 0; i < BLOCK; ++i) sum += codes[i] = static_cast<int8_t>(nearest[i][best]);
+            for (int i = 0; i < BLOCK; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best];
         }
         tokens.scales[token * tokens.arrays() + g] = scale * 256.0f;
         tokens.offsets[token * tokens.arrays() + g] = 32 * sum;
