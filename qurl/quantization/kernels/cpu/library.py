@@ -49,16 +49,30 @@ class Library:
         self.openmp = ctypes.addressof(self._openmp)
 
 
-@cache
 def load() -> Library:
-    """Compiles where that has not been done. Raises KernelsUnavailable."""
+    """Compiles where that has not been done. Raises KernelsUnavailable, for the same reason every time."""
+    found = _attempt()
+    if isinstance(found, KernelsUnavailable):
+        raise found
+    return found
+
+
+@cache
+def _attempt() -> Library | KernelsUnavailable:
+    try:
+        return _load()
+    except KernelsUnavailable as error:
+        return error
+
+
+def _load() -> Library:
     asked = os.environ.get("QURL_CPU_KERNELS", "")
     if asked == "off":
         raise KernelsUnavailable("QURL_CPU_KERNELS=off")
     try:
         functions = ctypes.CDLL(str(_compiled()))
     except OSError as error:
-        raise KernelsUnavailable(f"the compiled kernels cannot be kept or loaded: {error}; set XDG_CACHE_HOME to another folder") from error
+        raise KernelsUnavailable(f"compiled kernels cannot be kept or loaded: {error}; set XDG_CACHE_HOME to a folder") from error
     available = PATHS[: functions.qurl_num_paths()]
     if asked and asked not in available:
         raise KernelsUnavailable(f"QURL_CPU_KERNELS={asked}: this CPU has {', '.join(available)}; or off")
@@ -107,5 +121,5 @@ def _openmp() -> OpenMp:
     process = ctypes.CDLL(None)  # torch's runtime is among the symbols that all libraries see
     missing = [name for name in _RUNTIME if not hasattr(process, name)]
     if missing:
-        raise KernelsUnavailable(f"torch's threads are not those of OpenMP ({missing[0]} is missing); install torch from its own wheels")
+        raise KernelsUnavailable(f"torch has no OpenMP runtime with {missing[0]}; install torch from its own wheels")
     return OpenMp(*(ctypes.cast(getattr(process, name), ctypes.c_void_p).value for name in _RUNTIME))

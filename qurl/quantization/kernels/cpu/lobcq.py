@@ -34,11 +34,12 @@ class LoBcqKernel:
 
     def __init__(self, format: LoBcq) -> None:
         assert has_kernel(format)
-        self._library = _typed(load())
-        self._functions = self._library.functions
-        self._keeps_activations = int(format.keeps_activations)
+        library = _typed(load())
+        self._functions = library.functions
+        self._keeps_activations = format.keeps_activations
         entries = torch.tensor(format.codebooks.entries, dtype=torch.int8)
-        self._books = self._functions.qurl_lobcq_books(entries.data_ptr(), format.layout.largest)
+        books = self._functions.qurl_lobcq_books(entries.data_ptr(), format.layout.largest)
+        self._how = (books, library.path_number, library.openmp)  # first arguments of what computes
 
     def pack(self, wire: Mapping[str, Tensor]) -> Tensor:
         """uint8 [bytes] from wire tensors with one row per output feature, the global scale too: its matrices may be several."""
@@ -71,8 +72,8 @@ class LoBcqKernel:
         factors = torch.empty((x.shape[0], 1), dtype=torch.float64)
         if len(x):
             self._functions.qurl_lobcq_encode(
-                self._books, self._library.path_number, self._library.openmp, x.data_ptr(), int(x.dtype == torch.bfloat16), *x.shape,
-                codes.data_ptr(), scales.data_ptr(), factors.data_ptr(),
+                *self._how, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, codes.data_ptr(), scales.data_ptr(),
+                factors.data_ptr(),
             )  # fmt: skip
         return codes, (scales / 256.0) / factors.reciprocal().float()
 
@@ -86,9 +87,9 @@ class LoBcqKernel:
         out = x.new_empty((x.shape[0], rows))
         if out.numel():
             self._functions.qurl_lobcq_linear(
-                self._books, self._library.path_number, self._library.openmp, self._keeps_activations, x.data_ptr(),
-                x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows, x.shape[1], None if bias is None else bias.data_ptr(),
-                bias is not None and bias.dtype == torch.bfloat16, out.data_ptr(),
+                *self._how, self._keeps_activations, x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows,
+                x.shape[1], None if bias is None else bias.data_ptr(), bias is not None and bias.dtype == torch.bfloat16,
+                out.data_ptr(),
             )  # fmt: skip
         return out
 
