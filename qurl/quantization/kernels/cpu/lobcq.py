@@ -30,11 +30,11 @@ def has_kernel(format: QuantizationFormat) -> bool:
 
 
 class LoBcqKernel:
-    """The functions for one format. Raises KernelsUnavailable where there are none on this machine."""
+    """The functions for one format."""
 
-    def __init__(self, format: LoBcq) -> None:
+    def __init__(self, format: LoBcq, library: Library) -> None:
         assert has_kernel(format)
-        library = _typed(load())
+        self._library = _typed(library)  # which owns what `_how` points to
         self._functions = library.functions
         self._keeps_activations = format.keeps_activations
         entries = torch.tensor(format.codebooks.entries, dtype=torch.int8)
@@ -97,7 +97,7 @@ class LoBcqKernel:
 @cache
 def kernel_of(format: LoBcq) -> LoBcqKernel:
     """One per format and process. Raises KernelsUnavailable."""
-    return LoBcqKernel(format)
+    return LoBcqKernel(format, load())
 
 
 def _typed(library: Library) -> Library:
