@@ -171,7 +171,8 @@ def test_any_layout_of_x_and_any_dtype_is_taken(case):
 def test_only_the_layout_of_the_formats_has_a_kernel():
     assert all(has_kernel(FORMATS[name]) for name, _ in KERNELS)
     assert not any(has_kernel(FORMATS[name]) for name in ("int8", "nvfp4", "nf4"))
-    assert not any(has_kernel(LoBcq("other", layout, "")) for layout in (Layout(block=4), Layout(array=128), Layout(num_codebooks=8)))
+    others = (Layout(block=4), Layout(array=128), Layout(num_codebooks=8))
+    assert not any(has_kernel(LoBcq("other", layout, "")) for layout in others)
 
 
 @pytest.fixture
@@ -182,7 +183,8 @@ def empty_cache(tmp_path, monkeypatch):
     compiled = library._compiled()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     script = tmp_path / "compiler"
-    script.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho ran >> {tmp_path}/log\nsleep 0.2\ncp {compiled} "$2"\n')
+    find_output = 'while [ "$1" != -o ]; do shift; done'
+    script.write_text(f'#!/bin/sh\n{find_output}\necho ran >> {tmp_path}/log\nsleep 0.2\ncp {compiled} "$2"\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     return tmp_path

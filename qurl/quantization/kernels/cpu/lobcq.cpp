@@ -91,12 +91,36 @@ T* take(char*& place, int64_t count) {
     return part;
 }
 
+// Threads that read a part each, as fast as they can.
+struct Read {
+    const uint64_t* data;
+    int64_t words;
+    int threads;
+    std::atomic<int> started{0};
+    std::atomic<uint64_t> sum{0};
+
+    static void work(void* argument) {
+        Read& read = *static_cast<Read*>(argument);
+        const int64_t part = read.started++;
+        const uint64_t* end = read.data + read.words * (part + 1) / read.threads / 32 * 32;
+        uint64_t sums[32] = {};
+        for (const uint64_t* word = read.data + read.words * part / read.threads / 32 * 32; word < end; word += 32)
+            for (int i = 0; i < 32; ++i) sums[i] ^= word[i];
+        for (uint64_t one : sums) read.sum ^= one;
+    }
+};
+
+int num_threads(const OpenMp& openmp) { return openmp.in_parallel() ? 1 : std::max(1, openmp.max_threads()); }
+
+void fork(const OpenMp& openmp, int threads, void (*work)(void*), void* argument) {
+    if (threads > 1) openmp.parallel(work, argument, static_cast<unsigned>(threads), 0);
+    else work(argument);
+}
+
 void run(const Books& books, int path, const OpenMp& openmp, const Source& source, Tokens& tokens, const Matrix* matrix,
          const Target& target) {
-    const int threads = openmp.parallel && !openmp.in_parallel() ? std::max(1, openmp.max_threads()) : 1;
-    Job job{books, PATHS[path], openmp, source, tokens, matrix, target, threads};
-    if (threads > 1) openmp.parallel(Job::work, &job, static_cast<unsigned>(threads), 0);
-    else Job::work(&job);
+    Job job{books, PATHS[path], openmp, source, tokens, matrix, target, num_threads(openmp)};
+    fork(openmp, job.threads, Job::work, &job);
 }
 
 }  // namespace
@@ -110,6 +134,13 @@ int qurl_num_paths() {
 #else
     return 1;
 #endif
+}
+
+// Reads `bytes` bytes, a multiple of 256: what memory can deliver. Returns something that depends on all of them.
+uint64_t qurl_read(const OpenMp* openmp, const void* data, int64_t bytes) {
+    Read read{static_cast<const uint64_t*>(data), bytes / 8, num_threads(*openmp)};
+    fork(*openmp, read.threads, Read::work, &read);
+    return read.sum;
 }
 
 // entries: int8 [16, 16]. Lives until the process ends.
