@@ -2,9 +2,9 @@
 //
 // A byte shuffle looks 16 codes of a book up. A register of 32 codes spans four blocks and two halves: two shuffles, each with a
 // book in either half, and a blend. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
-// (pmaddubsw) serves without splitting signs off, and all 8 products of two that a 16-bit sum gets stay within 8 * 2 * 63 * 31 <
-// 2^15; 32 times the sum of the activations' codewords comes off at the end. Those of 8 bits trade signs (psignb) and are widened
-// to 32 bits after every product, since 2 * 127 * 127 < 2^15 but twice that is not.
+// (pmaddubsw) serves without splitting signs off: with codewords of activations the 16 products that a 16-bit sum gets stay within
+// 16 * 63 * 31 < 2^15, with digits 4 do, 4 * 63 * 128 < 2^15. 32 times the sum of the activations' codes comes off at the end.
+// Weights of 8 bits trade signs (psignb) and are widened to 32 bits after every two products, since 2 * 128 * 127 < 2^15.
 #pragma once
 
 #if defined(__x86_64__)
@@ -85,6 +85,31 @@ AVX2 void encode(const Books& books, const float* values, float global_scale, in
     }
 }
 
+AVX2 void encode_digits(const Books&, const float* values, float global_scale, int64_t first, int64_t last, int64_t token, Tokens& tokens) {
+    const __m256i low_byte = _mm256_set1_epi32(255), half = _mm256_set1_epi32(128);
+    for (int64_t g = first; g < last; ++g) {
+        const __m256 sign = _mm256_set1_ps(-0.0f);
+        __m256 amax = _mm256_setzero_ps();
+        for (int i = 0; i < ARRAY; i += 8) amax = _mm256_max_ps(amax, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + g * ARRAY + i)));
+        const Digits digits(largest_of(amax), global_scale);
+        int32_t sums[DIGITS] = {};
+        for (int i = 0; i < ARRAY; i += 8) {
+            const __m256 value = _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + i), _mm256_set1_ps(digits.first_factor)),
+                                               _mm256_set1_ps(digits.second_factor));
+            __m256i rest = _mm256_cvtps_epi32(value);
+            for (int digit = 0; digit < DIGITS; ++digit) {
+                alignas(32) int32_t eight[8];
+                const __m256i shifted = _mm256_and_si256(_mm256_add_epi32(rest, half), low_byte);  // 128 too large
+                _mm256_store_si256(reinterpret_cast<__m256i*>(eight), _mm256_sub_epi32(shifted, half));
+                rest = _mm256_srai_epi32(_mm256_add_epi32(rest, half), 8);
+                int8_t* codes = tokens.codes + (token * DIGITS + digit) * tokens.columns + g * ARRAY + i;
+                for (int j = 0; j < 8; ++j) sums[digit] += codes[j] = static_cast<int8_t>(eight[j]);
+            }
+        }
+        digits.store(sums, token, g, tokens);
+    }
+}
+
 AVX2_INLINE __m256i pair(const uint8_t* pairs, uint32_t selector) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(pairs + selector * 2 * ENTRIES));
 }
@@ -111,8 +136,11 @@ struct Tile {
     const __m256i* numbers;  // codewords that were looked up before, 16 registers per array, or null
 };
 
+// Sums of two products of 16 codewords of 6 bits with codewords of 6 bits or digits of 8, or of codewords of 8 bits with either.
+enum class Kind { small, digits, wide };
+
 // Arrays first to last of a tile times NUM_TOKENS tokens, added to totals.
-template <int NUM_TOKENS, bool IS_NARROW, bool IS_LOOKED_UP>
+template <int NUM_TOKENS, Kind KIND, bool IS_LOOKED_UP>
 AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t first, int64_t last,
                            float (*totals)[HEIGHT]) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -122,28 +150,36 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
         __m256i sums[NUM_TOKENS][2];
         for (int t = 0; t < NUM_TOKENS; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
 #pragma GCC unroll 1
-        for (int b = 0; b < BLOCKS; ++b) {
-            __m256i weights[2];
-            if (IS_LOOKED_UP) {
-                weights[0] = tile.numbers[((g - first) * BLOCKS + b) * 2];
-                weights[1] = tile.numbers[((g - first) * BLOCKS + b) * 2 + 1];
-            } else {
-                look_up(pairs, tile.codes + (g * BLOCKS + b) * 32, tile.selectors + (g * BLOCKS + b) * 4, weights[0], weights[1]);
+        for (int b = 0; b < BLOCKS; b += 2) {
+            __m256i weights[2][2];
+            for (int k = 0; k < 2; ++k) {
+                if (IS_LOOKED_UP) {
+                    for (int part = 0; part < 2; ++part) weights[k][part] = tile.numbers[((g - first) * BLOCKS + b + k) * 2 + part];
+                } else {
+                    look_up(pairs, tile.codes + (g * BLOCKS + b + k) * 32, tile.selectors + (g * BLOCKS + b + k) * 4, weights[k][0],
+                            weights[k][1]);
+                }
             }
 #pragma GCC unroll 4
             for (int t = 0; t < NUM_TOKENS; ++t) {
-                int64_t eight;
-                std::memcpy(&eight, tokens.codes + (token + t) * tokens.columns + g * ARRAY + b * BLOCK, 8);
-                const __m256i x = _mm256_set1_epi64x(eight);
+                int64_t eight[2];
+                std::memcpy(eight, tokens.codes + (token + t) * tokens.columns + g * ARRAY + b * BLOCK, 16);
+                const __m256i x[2] = {_mm256_set1_epi64x(eight[0]), _mm256_set1_epi64x(eight[1])};
                 for (int part = 0; part < 2; ++part) {
-                    __m256i products;
-                    if (IS_NARROW) {
-                        products = _mm256_maddubs_epi16(weights[part], x);
-                        sums[t][part] = _mm256_add_epi16(sums[t][part], products);
+                    __m256i products[2];
+                    for (int k = 0; k < 2; ++k) {
+                        products[k] = KIND == Kind::wide
+                                          ? _mm256_madd_epi16(
+                                                _mm256_maddubs_epi16(_mm256_abs_epi8(x[k]), _mm256_sign_epi8(weights[k][part], x[k])), ones)
+                                          : _mm256_maddubs_epi16(weights[k][part], x[k]);
+                    }
+                    if (KIND == Kind::small) {
+                        sums[t][part] = _mm256_add_epi16(_mm256_add_epi16(sums[t][part], products[0]), products[1]);
+                    } else if (KIND == Kind::digits) {
+                        const __m256i both = _mm256_add_epi16(products[0], products[1]);
+                        sums[t][part] = _mm256_add_epi32(sums[t][part], _mm256_madd_epi16(both, ones));
                     } else {
-                        products = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(weights[part], x));
-                        products = _mm256_madd_epi16(products, ones);
-                        sums[t][part] = _mm256_add_epi32(sums[t][part], products);
+                        sums[t][part] = _mm256_add_epi32(_mm256_add_epi32(sums[t][part], products[0]), products[1]);
                     }
                 }
             }
@@ -152,13 +188,10 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
 #pragma GCC unroll 4
         for (int t = 0; t < NUM_TOKENS; ++t) {
             const int64_t place = (token + t) * tokens.arrays() + g;
-            __m256i sum;
-            if (IS_NARROW) {
-                sum = _mm256_hadd_epi32(_mm256_madd_epi16(sums[t][0], ones), _mm256_madd_epi16(sums[t][1], ones));
-                sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(tokens.offsets[place]));
-            } else {
-                sum = _mm256_hadd_epi32(sums[t][0], sums[t][1]);
-            }
+            if (KIND == Kind::small)
+                for (int part = 0; part < 2; ++part) sums[t][part] = _mm256_madd_epi16(sums[t][part], ones);
+            __m256i sum = _mm256_hadd_epi32(sums[t][0], sums[t][1]);
+            if (KIND != Kind::wide) sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(tokens.offsets[place]));
             const __m256 both = _mm256_mul_ps(scales, _mm256_set1_ps(tokens.scales[place]));
             total[t] = _mm256_add_ps(total[t], _mm256_mul_ps(_mm256_cvtepi32_ps(sum), both));
         }
@@ -166,20 +199,20 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
     for (int t = 0; t < NUM_TOKENS; ++t) _mm256_storeu_ps(totals[t], total[t]);
 }
 
-template <bool IS_NARROW, bool IS_LOOKED_UP>
+template <Kind KIND, bool IS_LOOKED_UP>
 AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t count, int64_t first,
                            int64_t last, float (*totals)[HEIGHT]) {
-    if (count == 1) add_codes<1, IS_NARROW, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
-    else if (count == 2) add_codes<2, IS_NARROW, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
-    else if (count == 3) add_codes<3, IS_NARROW, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
-    else add_codes<4, IS_NARROW, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+    if (count == 1) add_codes<1, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+    else if (count == 2) add_codes<2, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+    else if (count == 3) add_codes<3, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+    else add_codes<4, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
 }
 
-template <bool IS_NARROW>
+template <Kind KIND>
 AVX2 void multiply_codes(const uint8_t* pairs, Tile tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
     const int64_t arrays = tokens.arrays();
     if (last - first <= 4) {
-        add_codes<IS_NARROW, false>(pairs, tile, tokens, first, last - first, 0, arrays, totals);
+        add_codes<KIND, false>(pairs, tile, tokens, first, last - first, 0, arrays, totals);
         return;
     }
     __m256i numbers[CHUNK * BLOCKS * 2];
@@ -189,55 +222,7 @@ AVX2 void multiply_codes(const uint8_t* pairs, Tile tile, const Tokens& tokens, 
         for (int64_t b = g * BLOCKS; b < end * BLOCKS; ++b)
             look_up(pairs, tile.codes + b * 32, tile.selectors + b * 4, numbers[2 * (b - g * BLOCKS)], numbers[2 * (b - g * BLOCKS) + 1]);
         for (int64_t m = first; m < last; m += 4)
-            add_codes<IS_NARROW, true>(pairs, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
-    }
-}
-
-AVX2_INLINE __m256 widened(const int8_t* eight) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(eight))));
-}
-
-// One array of a tile times one token. numbers: codewords [8 blocks][rows 0, 1, 4, 5, 2, 3, 6, 7][8].
-template <typename Number>
-AVX2_INLINE __m256 sum_values(const Number* numbers, const float* x) {
-    __m256 sums[HEIGHT];
-#pragma GCC unroll 8
-    for (int b = 0; b < BLOCKS; ++b) {
-        const __m256 eight = _mm256_loadu_ps(x + b * BLOCK);
-#pragma GCC unroll 8
-        for (int r = 0; r < HEIGHT; ++r) {
-            const Number* place = numbers + (b * HEIGHT + r) * BLOCK;
-            __m256 weights;
-            if constexpr (sizeof(Number) == 1) weights = widened(place);
-            else weights = _mm256_load_ps(place);
-            const __m256 products = _mm256_mul_ps(weights, eight);
-            sums[r] = b ? _mm256_add_ps(sums[r], products) : products;
-        }
-    }
-    const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[4], sums[5]));   // rows 0 1 2 3
-    const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(sums[2], sums[3]), _mm256_hadd_ps(sums[6], sums[7]));  // rows 4 5 6 7
-    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
-}
-
-AVX2 void multiply_values(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
-    alignas(32) int8_t numbers[HEIGHT * ARRAY];
-    alignas(32) float wide[HEIGHT * ARRAY];
-    for (int64_t g = 0; g < tokens.arrays(); ++g) {
-        for (int b = 0; b < BLOCKS; ++b) {
-            __m256i low, high;
-            look_up(pairs, tile.codes + (g * BLOCKS + b) * 32, tile.selectors + (g * BLOCKS + b) * 4, low, high);
-            _mm256_store_si256(reinterpret_cast<__m256i*>(numbers + b * 64), low);
-            _mm256_store_si256(reinterpret_cast<__m256i*>(numbers + b * 64 + 32), high);
-        }
-        const __m256 scales = _mm256_mul_ps(weight_scales(tile.scales + g * HEIGHT), _mm256_set1_ps(256.0f));
-        if (last - first > 1)
-            for (int i = 0; i < HEIGHT * ARRAY; i += 8) _mm256_store_ps(wide + i, widened(numbers + i));
-        for (int64_t m = first; m < last; ++m) {
-            const float* x = tokens.values + m * tokens.columns + g * ARRAY;
-            const __m256 sum = last - first > 1 ? sum_values(wide, x) : sum_values(numbers, x);
-            const __m256 total = _mm256_loadu_ps(totals[m - first]);
-            _mm256_storeu_ps(totals[m - first], _mm256_add_ps(total, _mm256_mul_ps(sum, scales)));
-        }
+            add_codes<KIND, true>(pairs, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
     }
 }
 
@@ -247,10 +232,10 @@ AVX2 void multiply(const Books& books, const Matrix& matrix, const Tokens& token
     std::memset(totals, 0, sizeof(float) * HEIGHT * static_cast<size_t>(last - first));
     const Tile here{matrix.codes(tile), matrix.selectors(tile), matrix.scales(tile), nullptr};
     const uint8_t* pairs = reinterpret_cast<const uint8_t*>(books.pairs);
-    if (tokens.values) multiply_values(pairs, here, tokens, first, last, totals);
-    else if (books.is_narrow()) multiply_codes<true>(books.shifted_pairs[0], here, tokens, first, last, totals);
-    else multiply_codes<false>(pairs, here, tokens, first, last, totals);
-    for (int64_t m = first; m < last; ++m) store(totals[m - first], matrix, tile, m, tokens.values ? 1.0 : tokens.factors[m], target);
+    if (!books.is_narrow()) multiply_codes<Kind::wide>(pairs, here, tokens, first, last, totals);
+    else if (tokens.planes == 1) multiply_codes<Kind::small>(books.shifted_pairs[0], here, tokens, first, last, totals);
+    else multiply_codes<Kind::digits>(books.shifted_pairs[0], here, tokens, first, last, totals);
+    for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
 }
 
 }  // namespace avx2

@@ -64,14 +64,42 @@ inline uint16_t to_bfloat16(float value) {
     return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
-// Activations as they are multiplied.
+// Activations as they are multiplied. A token of W4A4 is one plane of codewords, one of W4A16 is three planes of digits.
 struct Tokens {
     int64_t count, columns;
-    float* values;    // [count, columns], W4A16; else
-    int8_t* codes;    // [count, columns], codewords
-    float* scales;    // [count, arrays], E4M3 numbers times 2^8
-    int32_t* offsets; // [count, arrays], 32 times the sum of an array's codewords
-    double* factors;  // [count], reciprocals of the tokens' float32 scales, NaN for a token that is not finite
+    int planes;
+    int8_t* codes;     // [count, planes, columns]
+    float* scales;     // [count, planes, arrays], times 2^8
+    int32_t* offsets;  // [count, planes, arrays], 32 times the sum of an array's codes
+    double* factors;   // [count], by which a token's results are multiplied; NaN for a token that is not finite
 
     int64_t arrays() const { return columns / ARRAY; }
+};
+
+constexpr int DIGITS = 3;
+
+// An array of W4A16: whole numbers below 2^22 of three digits from -128 to 127 to the base 256, the last first, times a power of two.
+// What is lost is below 2^-23 of the array's largest number, as in a float32 sum.
+struct Digits {
+    float first_factor = 0.0f, second_factor = 0.0f;  // their product turns activations into whole numbers
+    float scale = 0.0f;
+
+    // amax: of the array. token_scale: a power of two that the token's numbers stay below.
+    Digits(float amax, float token_scale) {
+        if (amax == 0.0f) return;
+        int exponent, token_exponent;
+        std::frexp(amax, &exponent);  // amax < 2^exponent
+        std::frexp(token_scale, &token_exponent);
+        first_factor = std::ldexp(1.0f, (22 - exponent) / 2);
+        second_factor = std::ldexp(1.0f, 22 - exponent - (22 - exponent) / 2);
+        scale = std::ldexp(1.0f, exponent - token_exponent);
+    }
+
+    void store(const int32_t* sums, int64_t token, int64_t g, Tokens& tokens) const {
+        for (int digit = 0; digit < DIGITS; ++digit) {
+            const int64_t place = (token * DIGITS + digit) * tokens.arrays() + g;
+            tokens.scales[place] = scale * static_cast<float>(1 << (8 * digit));
+            tokens.offsets[place] = 32 * sums[digit];
+        }
+    }
 };

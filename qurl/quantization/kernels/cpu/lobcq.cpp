@@ -14,14 +14,14 @@ namespace {
 
 struct Path {
     decltype(&portable::load) load;
-    decltype(&portable::encode) encode;
+    decltype(&portable::encode) encode, encode_digits;
     decltype(&portable::multiply) multiply;
 };
 
 const Path PATHS[] = {
-    {portable::load, portable::encode, portable::multiply},
+    {portable::load, portable::encode, portable::encode_digits, portable::multiply},
 #if defined(__x86_64__)
-    {avx2::load, avx2::encode, avx2::multiply},
+    {avx2::load, avx2::encode, avx2::encode_digits, avx2::multiply},
 #endif
 };
 
@@ -46,30 +46,28 @@ struct Job {
     // A token's activations, or a part of them where there are fewer tokens than threads.
     void encode() {
         const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads / tokens.count, tokens.arrays())), arrays = tokens.arrays();
-        std::unique_ptr<float[]> scratch(tokens.values ? nullptr : new float[tokens.columns]);
+        const auto encode = tokens.planes == 1 ? path.encode : path.encode_digits;
+        std::unique_ptr<float[]> values(new float[tokens.columns]);
         for (int64_t i; (i = encoded++) < tokens.count * parts;) {
             const int64_t token = i / parts, part = i % parts;
-            float* values = tokens.values ? tokens.values + token * tokens.columns : scratch.get();
-            if (tokens.values && part) continue;
-            const float amax = path.load(source, token, tokens.columns, values);
-            if (tokens.values) continue;
-            const float scale = global_scale_of(amax, books);
+            const float amax = path.load(source, token, tokens.columns, values.get());
+            const float scale = tokens.planes == 1 ? global_scale_of(amax, books) : power_above(amax);
             if (std::isfinite(scale)) {
-                path.encode(books, values, scale, arrays * part / parts, arrays * (part + 1) / parts, token, tokens);
+                encode(books, values.get(), scale, arrays * part / parts, arrays * (part + 1) / parts, token, tokens);
             } else {
-                std::fill_n(tokens.codes + token * tokens.columns, tokens.columns, 0);
-                std::fill_n(tokens.scales + token * arrays, arrays, 0.0f);
-                std::fill_n(tokens.offsets + token * arrays, arrays, 0);
+                std::fill_n(tokens.codes + token * tokens.planes * tokens.columns, tokens.planes * tokens.columns, 0);
+                std::fill_n(tokens.scales + token * tokens.planes * arrays, tokens.planes * arrays, 0.0f);
+                std::fill_n(tokens.offsets + token * tokens.planes * arrays, tokens.planes * arrays, 0);
             }
-            if (part == 0) tokens.factors[token] = 1.0 / scale;
+            if (part == 0) tokens.factors[token] = tokens.planes == 1 ? 1.0 / scale : scale * 0x1p-13;
         }
     }
 
     void multiply() {
         const int64_t tiles = matrix->tiles(), chunk = std::max<int64_t>(1, tiles / (threads * 8)), chunks = (tiles + chunk - 1) / chunk;
-        const int64_t groups = (tokens.count + TOKENS - 1) / TOKENS;
+        const int64_t planes = tokens.count * tokens.planes, groups = (planes + PLANES - 1) / PLANES;
         for (int64_t i; (i = multiplied++) < groups * chunks;) {
-            const int64_t first = i / chunks * TOKENS, last = std::min<int64_t>(first + TOKENS, tokens.count);
+            const int64_t first = i / chunks * PLANES, last = std::min<int64_t>(first + PLANES, planes);
             const int64_t tile = i % chunks * chunk, end = std::min(tile + chunk, tiles);
             for (int64_t t = tile; t < end; ++t) path.multiply(books, *matrix, tokens, t, first, last, target);
         }
@@ -164,7 +162,7 @@ void qurl_lobcq_unpack(int64_t rows, int64_t columns, const uint8_t* packed, uin
 void qurl_lobcq_encode(const Books* books, int path, const OpenMp* openmp, const void* x, int is_bfloat16, int64_t count, int64_t columns,
                        int8_t* codes, float* scales, double* factors) {
     std::unique_ptr<int32_t[]> offsets(new int32_t[count * columns / ARRAY]);
-    Tokens tokens{count, columns, nullptr, codes, scales, offsets.get(), factors};
+    Tokens tokens{count, columns, 1, codes, scales, offsets.get(), factors};
     run(*books, path, *openmp, {x, is_bfloat16 != 0}, tokens, nullptr, {});
 }
 
@@ -173,19 +171,13 @@ void qurl_lobcq_linear(const Books* books, int path, const OpenMp* openmp, int k
                        int64_t count, const uint8_t* packed, int64_t rows, int64_t columns, const void* bias, int is_bias_bfloat16,
                        void* out) {
     const Matrix matrix{packed, rows, columns};
-    const int64_t numbers = count * columns, arrays = numbers / ARRAY;
-    const int64_t bytes = (keeps_activations ? numbers * 4 : numbers + arrays * 8 + count * 8) + 4 * 64;
+    const int planes = keeps_activations ? DIGITS : 1;
+    const int64_t numbers = count * planes * columns, arrays = numbers / ARRAY;
+    const int64_t bytes = numbers + arrays * 8 + count * 8 + 4 * 64;
     std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)), std::free);
     char* place = memory.get();
-    Tokens tokens{count, columns, nullptr, nullptr, nullptr, nullptr, nullptr};
-    if (keeps_activations) {
-        tokens.values = take<float>(place, numbers);
-    } else {
-        tokens.codes = take<int8_t>(place, numbers);
-        tokens.scales = take<float>(place, arrays);
-        tokens.offsets = take<int32_t>(place, arrays);
-        tokens.factors = take<double>(place, count);
-    }
+    Tokens tokens{count, columns, planes, take<int8_t>(place, numbers), take<float>(place, arrays), take<int32_t>(place, arrays),
+                  take<double>(place, count)};
     run(*books, path, *openmp, {x, is_bfloat16 != 0}, tokens, &matrix, {out, is_bfloat16 != 0, bias, is_bias_bfloat16 != 0});
 }
 

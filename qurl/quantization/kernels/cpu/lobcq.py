@@ -3,15 +3,18 @@
 The layout is that of the format's own settings: blocks of 8, arrays of 64, 16 books, with codewords of 6 or 8 bits. `tiles.h` says
 how weights lie in memory, `portable.h` which sums are exact and in what order the others are taken, so that every set of
 instructions gives the same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format
-the activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums.
+the activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no
+codewords: its activations become whole numbers of 23 bits with a scale for each array, which loses what a float32 sum loses too,
+so that its products are sums of integers as well.
 
-A token with NaN or Inf gives NaN everywhere (W4A4) or a result that is not finite (W4A16)."""
+A token with NaN or Inf gives NaN everywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +106,7 @@ def kernel_of(format: LoBcq) -> LoBcqKernel:
 def _typed(library: Library) -> Library:
     """Tell ctypes what the functions take."""
     functions = library.functions
-    path_and_threads = [c_void_p, c_int, c_void_p]
+    path_and_threads: list[Any] = [c_void_p, c_int, c_void_p]
     functions.qurl_lobcq_books.argtypes = [c_void_p, c_int]
     functions.qurl_lobcq_books.restype = c_void_p
     functions.qurl_lobcq_bytes.argtypes = [c_int64, c_int64]

@@ -1,16 +1,16 @@
 // The loops in plain C++. They are also what the numbers mean: the others give the same bits.
 //
 // W4A4: sums over an array are whole numbers, below 2^24 and so exact in float32; each is multiplied by the product of the two
-// E4M3 scales, and these terms are added in float32 in the order of the arrays. W4A16: products are added in float32, for each of
-// the eight places in a block over the blocks of an array, then the places two by two; times the scale, and over the arrays as
-// above. The float32 scales of matrix and token are applied at the end, in double. Nothing is fused, so nothing depends on the CPU.
+// E4M3 scales, and these terms are added in float32 in the order of the arrays. W4A16: activations of an array become whole numbers
+// of three digits, see Digits; each digit's sums are taken as above, with powers of two for the activations' scales. The digits' sums
+// are added, and the scales of matrix and token applied, at the end in double. Nothing is fused, so nothing depends on the CPU.
 #pragma once
 
 #include <algorithm>
 
 #include "books.h"
 
-constexpr int TOKENS = 64;  // that go through a tile together
+constexpr int PLANES = 63;  // of tokens that go through a tile together; a multiple of 3
 
 struct Source {
     const void* x;  // [tokens, columns]
@@ -24,7 +24,7 @@ struct Target {
     bool is_bias_bfloat16;
 };
 
-using Totals = float[TOKENS][HEIGHT];
+using Totals = float[PLANES][HEIGHT];
 
 // A token as float32, and its largest magnitude: Inf or NaN where it has one.
 inline __attribute__((always_inline)) float load_token(const Source& source, int64_t token, int64_t columns, float* values) {
@@ -53,18 +53,31 @@ inline float global_scale_of(float amax, const Books& books) {
     return scale < 0x1p100f ? scale : 0x1p100f;
 }
 
+// A power of two above amax, not beyond float32; NaN for one that is not finite.
+inline float power_above(float amax) {
+    if (!std::isfinite(amax)) return NAN;
+    int exponent;
+    std::frexp(amax, &exponent);
+    return std::ldexp(1.0f, std::min(exponent, 127));
+}
+
 inline float scale_of_array(float amax, float global_scale, const Books& books) {
     const float scale = amax / static_cast<float>(books.largest) * global_scale;
     return round_e4m3(scale < 448.0f ? scale : 448.0f);
 }
 
-// Where the results of a tile for a token go: * scales + bias, rounded once to float32 and once to the dtype.
-inline __attribute__((always_inline)) void store(const float* totals, const Matrix& matrix, int64_t tile, int64_t token, double factor,
-                                                 const Target& target) {
-    const int64_t first = tile * HEIGHT;
+// Where the results of a tile for a token go: * scales + bias, rounded once to float32 and once to the dtype. plane: the first of
+// the token.
+inline __attribute__((always_inline)) void store(const float (*totals)[HEIGHT], const Matrix& matrix, int64_t tile, int64_t plane,
+                                                 const Tokens& tokens, const Target& target) {
+    const int64_t first = tile * HEIGHT, token = plane / tokens.planes;
     const int count = static_cast<int>(matrix.rows - first < HEIGHT ? matrix.rows - first : HEIGHT);
     float results[HEIGHT];
-    for (int r = 0; r < HEIGHT; ++r) results[r] = static_cast<float>(totals[r] * (matrix.row_scales()[first + r] * factor));
+    for (int r = 0; r < HEIGHT; ++r) {
+        double total = totals[0][r];
+        if (tokens.planes == DIGITS) total = total + totals[1][r] + totals[2][r];
+        results[r] = static_cast<float>(total * (matrix.row_scales()[first + r] * tokens.factors[token]));
+    }
     for (int r = 0; r < count; ++r) {
         float result = results[r];
         if (target.bias && target.is_bias_bfloat16) result += from_bfloat16(static_cast<const uint16_t*>(target.bias)[first + r]);
@@ -108,6 +121,25 @@ void encode(const Books& books, const float* values, float global_scale, int64_t
     }
 }
 
+void encode_digits(const Books&, const float* values, float global_scale, int64_t first, int64_t last, int64_t token, Tokens& tokens) {
+    for (int64_t g = first; g < last; ++g) {
+        float amax = 0.0f;
+        for (int i = 0; i < ARRAY; ++i) amax = std::max(amax, std::fabs(values[g * ARRAY + i]));
+        const Digits digits(amax, global_scale);
+        int32_t sums[DIGITS] = {};
+        for (int i = 0; i < ARRAY; ++i) {
+            int32_t rest = static_cast<int32_t>(std::nearbyint(values[g * ARRAY + i] * digits.first_factor * digits.second_factor));
+            for (int digit = 0; digit < DIGITS; ++digit) {
+                const int32_t code = ((rest + 128) & 255) - 128;
+                rest = (rest - code) / 256;
+                tokens.codes[(token * DIGITS + digit) * tokens.columns + g * ARRAY + i] = static_cast<int8_t>(code);
+                sums[digit] += code;
+            }
+        }
+        digits.store(sums, token, g, tokens);
+    }
+}
+
 float load(const Source& source, int64_t token, int64_t columns, float* values) { return load_token(source, token, columns, values); }
 
 inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int64_t g, int8_t numbers[HEIGHT][ARRAY]) {
@@ -117,12 +149,6 @@ inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int6
             const int book = matrix.selectors(tile)[(g * BLOCKS + b) * 4 + (r & 3)] >> (r >> 2) * 4 & 15;
             for (int j = 0; j < BLOCK; ++j) numbers[r][b * BLOCK + j] = books.pairs[book][codes[j] >> (r >> 1 & 1) * 4 & 15];
         }
-}
-
-inline float sum_values(const int8_t* numbers, const float* x) {
-    float sums[BLOCK] = {};
-    for (int i = 0; i < ARRAY; ++i) sums[i % BLOCK] += static_cast<float>(numbers[i]) * x[i];
-    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 inline float sum_codes(const int8_t* numbers, const int8_t* x) {
@@ -139,14 +165,11 @@ void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, in
         look_up(books, matrix, tile, g, numbers);
         for (int64_t m = first; m < last; ++m)
             for (int r = 0; r < HEIGHT; ++r) {
-                const float weight_scale = books.e4m3[matrix.scales(tile)[g * HEIGHT + r]];
-                const int64_t place = m * matrix.columns + g * ARRAY;
-                totals[m - first][r] += tokens.values ? sum_values(numbers[r], tokens.values + place) * (weight_scale * 256.0f)
-                                                      : sum_codes(numbers[r], tokens.codes + place) *
-                                                            (weight_scale * tokens.scales[m * tokens.arrays() + g]);
+                const float scale = books.e4m3[matrix.scales(tile)[g * HEIGHT + r]] * tokens.scales[m * tokens.arrays() + g];
+                totals[m - first][r] += sum_codes(numbers[r], tokens.codes + m * matrix.columns + g * ARRAY) * scale;
             }
     }
-    for (int64_t m = first; m < last; ++m) store(totals[m - first], matrix, tile, m, tokens.values ? 1.0 : tokens.factors[m], target);
+    for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
 }
 
 }  // namespace portable
