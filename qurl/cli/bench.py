@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WIDTH = 160
+WIDTH = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
