@@ -6,7 +6,8 @@ kernel also where an engine would not take it because its products are wrong on 
 
 At few tokens weights come from memory, so each format goes around copies of its weights that together exceed the last cache
 twice. What the same threads can read at best is measured in the same rounds: `bandwidth_share` says how much of that a product
-used. Formats take turns; a ratio is taken within one round and the median over rounds is reported."""
+used. Formats take turns of a few products, so that tables and code are in the cache as they are in an engine; a ratio is taken
+within one round and the median over rounds is reported."""
 
 from __future__ import annotations
 
@@ -74,6 +75,7 @@ def run_kernel_bench(
     batch_sizes: Sequence[int] = (1, 4, 16),
     *,
     num_rounds: int = 15,
+    products_per_round: int = 6,
     num_threads: int | None = None,
     cache_bytes: int | None = None,
 ) -> list[KernelRow]:
@@ -88,8 +90,9 @@ def run_kernel_bench(
     unknown = [name for name in formats if name not in FORMATS and name != ONEDNN]
     if unknown or not formats:
         raise ValueError(f"format {unknown[0] if unknown else '(none)'!r} is unknown; use some of {', '.join([*FORMATS, ONEDNN])}")
-    if not batch_sizes or min(*batch_sizes, num_rounds) < 1:
-        raise ValueError(f"batch sizes {list(batch_sizes)} and rounds {num_rounds} must be at least 1")
+    if not batch_sizes or min(*batch_sizes, num_rounds, products_per_round) < 1:
+        counts = f"{num_rounds}, {products_per_round}"
+        raise ValueError(f"batch sizes {list(batch_sizes)}, rounds and products of a round {counts} must be at least 1")
     library, spread = load(), 2 * (cache_bytes or _last_cache_bytes())
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
@@ -100,7 +103,7 @@ def run_kernel_bench(
             for outputs, inputs in matrices:
                 contenders = {name: _contender(name, outputs, inputs, spread) for name in formats}
                 for size in batch_sizes:
-                    rows += _measure(contenders, outputs, inputs, size, num_rounds, library, memory)
+                    rows += _measure(contenders, outputs, inputs, size, (num_rounds, products_per_round), library, memory)
             return rows
     finally:
         torch.set_num_threads(before)
@@ -177,8 +180,10 @@ def _num_copies(spread: int, num_bytes: int) -> int:
 
 
 def _measure(
-    contenders: dict[str, Contender], outputs: int, inputs: int, num_tokens: int, num_rounds: int, library: Library, memory: Tensor
-) -> list[KernelRow]:
+    contenders: dict[str, Contender], outputs: int, inputs: int, num_tokens: int, counts: tuple[int, int], library: Library,
+    memory: Tensor,
+) -> list[KernelRow]:  # fmt: skip
+    """counts: of rounds, and of products in each."""
     import torch
 
     x = torch.randn(num_tokens, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -186,12 +191,14 @@ def _measure(
     read_s = []
     for contender in contenders.values():
         contender.products[-1](x)  # what is done once is done now
+    num_rounds, num_products = counts
     for index in range(num_rounds):
         for name in list(contenders)[:: 1 if index % 2 == 0 else -1]:
             products = contenders[name].products
             started = time.perf_counter()
-            products[index % len(products)](x)
-            seconds[name].append(time.perf_counter() - started)
+            for turn in range(index * num_products, (index + 1) * num_products):
+                products[turn % len(products)](x)
+            seconds[name].append((time.perf_counter() - started) / num_products)
         started = time.perf_counter()
         library.read(memory.data_ptr(), memory.nbytes)
         read_s.append(time.perf_counter() - started)

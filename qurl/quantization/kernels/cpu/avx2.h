@@ -18,6 +18,7 @@
 
 namespace avx2 {
 
+constexpr int AHEAD = 8 * ARRAY_BYTES;  // bytes between what is read and what is asked for
 constexpr int CHUNK = 8;  // arrays of a tile that are looked up before many tokens are multiplied with them
 
 AVX2 float load(const Source& source, int64_t token, int64_t columns, float* values) {
@@ -131,8 +132,13 @@ AVX2_INLINE __m256 weight_scales(const uint8_t* scales) {
     return _mm256_cvtph_ps(_mm_slli_epi16(halves, 7));  // E4M3 is float16 with fewer bits and another bias
 }
 
+// Ask for what is some arrays ahead: the processor's own prefetching starts anew on every page.
+AVX2_INLINE void prefetch(const uint8_t* array) {
+    for (int line = 0; line < ARRAY_BYTES; line += 64) _mm_prefetch(reinterpret_cast<const char*>(array + AHEAD + line), _MM_HINT_T0);
+}
+
 struct Tile {
-    const uint8_t *codes, *selectors, *scales;
+    const uint8_t* arrays;
     const __m256i* numbers;  // codewords that were looked up before, 16 registers per array, or null
 };
 
@@ -147,6 +153,8 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
     __m256 total[NUM_TOKENS];
     for (int t = 0; t < NUM_TOKENS; ++t) total[t] = _mm256_loadu_ps(totals[t]);
     for (int64_t g = first; g < last; ++g) {
+        const uint8_t* array = tile.arrays + g * ARRAY_BYTES;
+        if (!IS_LOOKED_UP) prefetch(array);
         __m256i sums[NUM_TOKENS][2];
         for (int t = 0; t < NUM_TOKENS; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
 #pragma GCC unroll 1
@@ -156,8 +164,7 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
                 if (IS_LOOKED_UP) {
                     for (int part = 0; part < 2; ++part) weights[k][part] = tile.numbers[((g - first) * BLOCKS + b + k) * 2 + part];
                 } else {
-                    look_up(pairs, tile.codes + (g * BLOCKS + b + k) * 32, tile.selectors + (g * BLOCKS + b + k) * 4, weights[k][0],
-                            weights[k][1]);
+                    look_up(pairs, array + (b + k) * 32, array + SELECTORS + (b + k) * 4, weights[k][0], weights[k][1]);
                 }
             }
 #pragma GCC unroll 4
@@ -184,7 +191,7 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
                 }
             }
         }
-        const __m256 scales = weight_scales(tile.scales + g * HEIGHT);
+        const __m256 scales = weight_scales(array + SCALES);
 #pragma GCC unroll 4
         for (int t = 0; t < NUM_TOKENS; ++t) {
             const int64_t place = (token + t) * tokens.arrays() + g;
@@ -219,8 +226,14 @@ AVX2 void multiply_codes(const uint8_t* pairs, Tile tile, const Tokens& tokens, 
     tile.numbers = numbers;
     for (int64_t g = 0; g < arrays; g += CHUNK) {
         const int64_t end = g + CHUNK < arrays ? g + CHUNK : arrays;
-        for (int64_t b = g * BLOCKS; b < end * BLOCKS; ++b)
-            look_up(pairs, tile.codes + b * 32, tile.selectors + b * 4, numbers[2 * (b - g * BLOCKS)], numbers[2 * (b - g * BLOCKS) + 1]);
+        for (int64_t h = g; h < end; ++h) {
+            const uint8_t* array = tile.arrays + h * ARRAY_BYTES;
+            prefetch(array);
+            for (int b = 0; b < BLOCKS; ++b) {
+                __m256i* both = numbers + ((h - g) * BLOCKS + b) * 2;
+                look_up(pairs, array + b * 32, array + SELECTORS + b * 4, both[0], both[1]);
+            }
+        }
         for (int64_t m = first; m < last; m += 4)
             add_codes<KIND, true>(pairs, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
     }
@@ -230,7 +243,7 @@ AVX2 void multiply(const Books& books, const Matrix& matrix, const Tokens& token
                    const Target& target) {
     Totals totals;
     std::memset(totals, 0, sizeof(float) * HEIGHT * static_cast<size_t>(last - first));
-    const Tile here{matrix.codes(tile), matrix.selectors(tile), matrix.scales(tile), nullptr};
+    const Tile here{matrix.codes(tile, 0), nullptr};
     const uint8_t* pairs = reinterpret_cast<const uint8_t*>(books.pairs);
     if (!books.is_narrow()) multiply_codes<Kind::wide>(pairs, here, tokens, first, last, totals);
     else if (tokens.planes == 1) multiply_codes<Kind::small>(books.shifted_pairs[0], here, tokens, first, last, totals);

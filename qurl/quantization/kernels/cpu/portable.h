@@ -145,8 +145,8 @@ float load(const Source& source, int64_t token, int64_t columns, float* values) 
 inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int64_t g, int8_t numbers[HEIGHT][ARRAY]) {
     for (int r = 0; r < HEIGHT; ++r)
         for (int b = 0; b < BLOCKS; ++b) {
-            const uint8_t* codes = matrix.codes(tile) + (g * BLOCKS + b) * 32 + ((r & 1) | (r >> 2) << 1) * 8;
-            const int book = matrix.selectors(tile)[(g * BLOCKS + b) * 4 + (r & 3)] >> (r >> 2) * 4 & 15;
+            const uint8_t* codes = matrix.codes(tile, g) + b * 32 + ((r & 1) | (r >> 2) << 1) * 8;
+            const int book = matrix.selectors(tile, g)[b * 4 + (r & 3)] >> (r >> 2) * 4 & 15;
             for (int j = 0; j < BLOCK; ++j) numbers[r][b * BLOCK + j] = books.pairs[book][codes[j] >> (r >> 1 & 1) * 4 & 15];
         }
 }
@@ -165,7 +165,7 @@ void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, in
         look_up(books, matrix, tile, g, numbers);
         for (int64_t m = first; m < last; ++m)
             for (int r = 0; r < HEIGHT; ++r) {
-                const float scale = books.e4m3[matrix.scales(tile)[g * HEIGHT + r]] * tokens.scales[m * tokens.arrays() + g];
+                const float scale = books.e4m3[matrix.scales(tile, g)[r]] * tokens.scales[m * tokens.arrays() + g];
                 totals[m - first][r] += sum_codes(numbers[r], tokens.codes + m * matrix.columns + g * ARRAY) * scale;
             }
     }

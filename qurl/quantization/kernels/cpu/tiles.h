@@ -1,11 +1,11 @@
 // How weights lie in memory: tiles of 8 rows, with blocks of 8 columns that share a codebook and arrays of 64 that share a scale.
 //
-// A tile holds, one after the other,
-//   codes      32 bytes per 8 columns. Byte 8 q + j has column j of row LOW[q] in its low half and of row LOW[q] + 2 in its high half.
-//   selectors  4 bytes per 8 columns. Byte q has the book of row q in its low half and of row q + 4 in its high half.
-//   scales     8 bytes per 64 columns, E4M3 of rows 0 to 7
-// and is filled up to whole cache lines. That is what is on the wire, 37 bytes per 64 weights. After all tiles comes a double for
-// each row: the reciprocal of the float32 scale of its matrix. Rows beyond the last are zeros.
+// A tile holds, for one array after the other,
+//   codes      8 times 32 bytes, per block. Byte 8 q + j has column j of row LOW[q] in its low half, of row LOW[q] + 2 in the high one.
+//   selectors  8 times 4 bytes, per block. Byte q has the book of row q in its low half and of row q + 4 in its high half.
+//   scales     8 bytes, E4M3 of rows 0 to 7
+// That is what is on the wire, 37 bytes per 64 weights, and all of it is read from the first byte to the last. After all tiles comes a
+// double for each row: the reciprocal of the float32 scale of its matrix. Rows beyond the last are zeros.
 //
 // The order of rows is such that a table lookup in each half of a 32-byte register serves two books, and that adding neighbors
 // of two sums of products leaves rows 0 to 7 in order.
@@ -21,16 +21,19 @@ constexpr int HEIGHT = 8;   // rows of a tile
 constexpr int ENTRIES = 16; // of a book, and books
 constexpr int LOW[4] = {0, 1, 4, 5};
 
+// Of the array of a tile: where its selectors and scales are, and its end.
+constexpr int SELECTORS = BLOCKS * 32, SCALES = SELECTORS + BLOCKS * 4, ARRAY_BYTES = SCALES + HEIGHT;
+
 struct Matrix {
     const uint8_t* packed;
     int64_t rows, columns;
 
     int64_t arrays() const { return columns / ARRAY; }
     int64_t tiles() const { return (rows + HEIGHT - 1) / HEIGHT; }
-    int64_t tile_bytes() const { return (arrays() * (BLOCKS * 36 + HEIGHT) + 63) / 64 * 64; }
-    const uint8_t* codes(int64_t tile) const { return packed + tile * tile_bytes(); }
-    const uint8_t* selectors(int64_t tile) const { return codes(tile) + arrays() * BLOCKS * 32; }
-    const uint8_t* scales(int64_t tile) const { return selectors(tile) + arrays() * BLOCKS * 4; }
+    int64_t tile_bytes() const { return arrays() * ARRAY_BYTES; }
+    const uint8_t* codes(int64_t tile, int64_t g) const { return packed + tile * tile_bytes() + g * ARRAY_BYTES; }
+    const uint8_t* selectors(int64_t tile, int64_t g) const { return codes(tile, g) + SELECTORS; }
+    const uint8_t* scales(int64_t tile, int64_t g) const { return codes(tile, g) + SCALES; }
     const double* row_scales() const { return reinterpret_cast<const double*>(packed + tiles() * tile_bytes()); }
     int64_t bytes() const { return tiles() * (tile_bytes() + HEIGHT * 8); }
 };
@@ -53,24 +56,23 @@ inline void pack_tile(const Matrix& matrix, int64_t tile, uint8_t* packed, const
                       const uint8_t* scales, const float* global_scales) {
     const int64_t arrays = matrix.arrays(), blocks = arrays * BLOCKS, first = tile * HEIGHT;
     const int count = static_cast<int>(matrix.rows - first < HEIGHT ? matrix.rows - first : HEIGHT);
-    uint8_t* out = packed + (matrix.codes(tile) - matrix.packed);
-    uint8_t* out_selectors = out + blocks * 32;
-    uint8_t* out_scales = out_selectors + blocks * 4;
-    std::memset(out, 0, static_cast<size_t>(matrix.tile_bytes()));
+    std::memset(packed + tile * matrix.tile_bytes(), 0, static_cast<size_t>(matrix.tile_bytes()));
     for (int r = 0; r < count; ++r) {
         const int q = (r & 1) | (r >> 2) << 1, high = (r >> 1 & 1) * 4;
         const uint8_t* row_codes = codes + (first + r) * blocks * 4;
         const uint8_t* row_selectors = selectors + (first + r) * blocks / 2;
         for (int64_t b = 0; b < blocks; ++b) {
+            uint8_t* array = packed + tile * matrix.tile_bytes() + b / BLOCKS * ARRAY_BYTES;
+            uint8_t* place = array + b % BLOCKS * 32 + q * 8;
             uint32_t eight;
             uint64_t bytes;
             std::memcpy(&eight, row_codes + b * 4, 4);
-            std::memcpy(&bytes, out + b * 32 + q * 8, 8);
+            std::memcpy(&bytes, place, 8);
             bytes |= spread(eight) << high;
-            std::memcpy(out + b * 32 + q * 8, &bytes, 8);
-            out_selectors[b * 4 + (r & 3)] |= (row_selectors[b / 2] >> (b & 1) * 4 & 15) << (r >> 2) * 4;
+            std::memcpy(place, &bytes, 8);
+            array[SELECTORS + b % BLOCKS * 4 + (r & 3)] |= (row_selectors[b / 2] >> (b & 1) * 4 & 15) << (r >> 2) * 4;
+            array[SCALES + r] = scales[(first + r) * arrays + b / BLOCKS];
         }
-        for (int64_t g = 0; g < arrays; ++g) out_scales[g * HEIGHT + r] = scales[(first + r) * arrays + g];
     }
     double* row_scales = reinterpret_cast<double*>(packed + matrix.tiles() * matrix.tile_bytes()) + first;
     for (int r = 0; r < HEIGHT; ++r) row_scales[r] = r < count ? 1.0 / global_scales[first + r] : 0.0;
@@ -81,15 +83,16 @@ inline void unpack_tile(const Matrix& matrix, int64_t tile, uint8_t* codes, uint
     for (int r = 0; r < HEIGHT && first + r < matrix.rows; ++r) {
         const int q = (r & 1) | (r >> 2) << 1, high = (r >> 1 & 1) * 4;
         for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* array = matrix.codes(tile, b / BLOCKS);
             uint64_t bytes;
-            std::memcpy(&bytes, matrix.codes(tile) + b * 32 + q * 8, 8);
+            std::memcpy(&bytes, array + b % BLOCKS * 32 + q * 8, 8);
             const uint32_t eight = gather(bytes >> high & 0x0F0F0F0F0F0F0F0F);
             std::memcpy(codes + ((first + r) * blocks + b) * 4, &eight, 4);
-            const int book = matrix.selectors(tile)[b * 4 + (r & 3)] >> (r >> 2) * 4 & 15;
+            const int book = array[SELECTORS + b % BLOCKS * 4 + (r & 3)] >> (r >> 2) * 4 & 15;
             uint8_t& both = selectors[((first + r) * blocks + b) / 2];
             both = static_cast<uint8_t>(b & 1 ? both | book << 4 : book);
+            scales[(first + r) * arrays + b / BLOCKS] = array[SCALES + r];
         }
-        for (int64_t g = 0; g < arrays; ++g) scales[(first + r) * arrays + g] = matrix.scales(tile)[g * HEIGHT + r];
         global_scales[first + r] = static_cast<float>(1.0 / matrix.row_scales()[first + r]);
     }
 }
