@@ -31,11 +31,11 @@ AVX2_INLINE float largest_of(__m256 values) {
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 
-AVX2_INLINE float array_scale(const float* values, float global_scale, const Books& books) {
+AVX2_INLINE float array_amax(const float* values) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 amax = _mm256_setzero_ps();
     for (int i = 0; i < ARRAY; i += 8) amax = _mm256_max_ps(amax, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
-    return scale_of_array(largest_of(amax), global_scale, books);
+    return largest_of(amax);
 }
 
 // The book with the least sum of squared errors for a block; the first of equals. steps: of its numbers, see Books::nearest.
@@ -62,10 +62,11 @@ AVX2_INLINE int best_book(const Books& books, const float* block, const int32_t*
 
 AVX2 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
                  Tokens& tokens) {
-    const __m256 largest = _mm256_set1_ps(static_cast<float>(books.largest)), smallest = _mm256_sub_ps(_mm256_setzero_ps(), largest);
+    const __m256 largest = _mm256_set1_ps(static_cast<float>(books.largest));
+    const __m256 smallest = _mm256_sub_ps(_mm256_setzero_ps(), largest);
     const __m256i middle = _mm256_set1_epi32(2 * books.largest);
     for (int64_t g = first; g < last; ++g) {
-        const float scale = array_scale(values + g * ARRAY, global_scale, books);
+        const float scale = scale_of_array(array_amax(values + g * ARRAY), global_scale, books);
         const __m256 inverse = _mm256_set1_ps(scale > 0.0f ? global_scale / scale : 0.0f);
         alignas(32) float scaled[ARRAY];
         alignas(32) int32_t steps[ARRAY];
@@ -86,28 +87,35 @@ AVX2 void encode(const Books& books, const float* values, float global_scale, in
     }
 }
 
-AVX2 void encode_digits(const Books&, const float* values, float global_scale, int64_t first, int64_t last, int64_t token, Tokens& tokens) {
+AVX2_INLINE int32_t sum_of(__m256i values) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+}
+
+AVX2 void encode_digits(const Books&, const float* values, float token_scale, int64_t first, int64_t last, int64_t token,
+                        Tokens& tokens) {
     const __m256i low_byte = _mm256_set1_epi32(255), half = _mm256_set1_epi32(128);
+    const __m256i first_bytes = _mm256_set1_epi32(0x0C080400);
     for (int64_t g = first; g < last; ++g) {
-        const __m256 sign = _mm256_set1_ps(-0.0f);
-        __m256 amax = _mm256_setzero_ps();
-        for (int i = 0; i < ARRAY; i += 8) amax = _mm256_max_ps(amax, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + g * ARRAY + i)));
-        const Digits digits(largest_of(amax), global_scale);
-        int32_t sums[DIGITS] = {};
+        const Digits digits(array_amax(values + g * ARRAY), token_scale);
+        __m256i sums[DIGITS] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
         for (int i = 0; i < ARRAY; i += 8) {
-            const __m256 value = _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + i), _mm256_set1_ps(digits.first_factor)),
-                                               _mm256_set1_ps(digits.second_factor));
-            __m256i rest = _mm256_cvtps_epi32(value);
+            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + i), _mm256_set1_ps(digits.first_factor));
+            __m256i rest = _mm256_cvtps_epi32(_mm256_mul_ps(value, _mm256_set1_ps(digits.second_factor)));
             for (int digit = 0; digit < DIGITS; ++digit) {
-                alignas(32) int32_t eight[8];
-                const __m256i shifted = _mm256_and_si256(_mm256_add_epi32(rest, half), low_byte);  // 128 too large
-                _mm256_store_si256(reinterpret_cast<__m256i*>(eight), _mm256_sub_epi32(shifted, half));
-                rest = _mm256_srai_epi32(_mm256_add_epi32(rest, half), 8);
+                rest = _mm256_add_epi32(rest, half);
+                const __m256i code = _mm256_sub_epi32(_mm256_and_si256(rest, low_byte), half);
+                const __m256i bytes = _mm256_shuffle_epi8(code, first_bytes);  // of four numbers in either half
+                rest = _mm256_srai_epi32(rest, 8);
+                sums[digit] = _mm256_add_epi32(sums[digit], code);
                 int8_t* codes = tokens.codes + (token * DIGITS + digit) * tokens.columns + g * ARRAY + i;
-                for (int j = 0; j < 8; ++j) sums[digit] += codes[j] = static_cast<int8_t>(eight[j]);
+                _mm_storel_epi64(reinterpret_cast<__m128i*>(codes),
+                                 _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
             }
         }
-        digits.store(sums, token, g, tokens);
+        const int32_t totals[DIGITS] = {sum_of(sums[0]), sum_of(sums[1]), sum_of(sums[2])};
+        digits.store(totals, token, g, tokens);
     }
 }
 
@@ -134,7 +142,8 @@ AVX2_INLINE __m256 weight_scales(const uint8_t* scales) {
 
 // Ask for what is some arrays ahead: the processor's own prefetching starts anew on every page.
 AVX2_INLINE void prefetch(const uint8_t* array) {
-    for (int line = 0; line < ARRAY_BYTES; line += 64) _mm_prefetch(reinterpret_cast<const char*>(array + AHEAD + line), _MM_HINT_T0);
+    const char* ahead = reinterpret_cast<const char*>(array + AHEAD);
+    for (int line = 0; line < ARRAY_BYTES; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
 }
 
 struct Tile {
@@ -175,10 +184,12 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
                 for (int part = 0; part < 2; ++part) {
                     __m256i products[2];
                     for (int k = 0; k < 2; ++k) {
-                        products[k] = KIND == Kind::wide
-                                          ? _mm256_madd_epi16(
-                                                _mm256_maddubs_epi16(_mm256_abs_epi8(x[k]), _mm256_sign_epi8(weights[k][part], x[k])), ones)
-                                          : _mm256_maddubs_epi16(weights[k][part], x[k]);
+                        if (KIND == Kind::wide) {
+                            const __m256i weight = _mm256_sign_epi8(weights[k][part], x[k]);
+                            products[k] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x[k]), weight), ones);
+                        } else {
+                            products[k] = _mm256_maddubs_epi16(weights[k][part], x[k]);
+                        }
                     }
                     if (KIND == Kind::small) {
                         sums[t][part] = _mm256_add_epi16(_mm256_add_epi16(sums[t][part], products[0]), products[1]);
@@ -207,8 +218,8 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
 }
 
 template <Kind KIND, bool IS_LOOKED_UP>
-AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t count, int64_t first,
-                           int64_t last, float (*totals)[HEIGHT]) {
+AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t count,
+                           int64_t first, int64_t last, float (*totals)[HEIGHT]) {
     if (count == 1) add_codes<1, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
     else if (count == 2) add_codes<2, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
     else if (count == 3) add_codes<3, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);

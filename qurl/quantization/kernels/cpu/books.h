@@ -78,8 +78,8 @@ struct Tokens {
 
 constexpr int DIGITS = 3;
 
-// An array of W4A16: whole numbers below 2^22 of three digits from -128 to 127 to the base 256, the last first, times a power of two.
-// What is lost is below 2^-23 of the array's largest number, as in a float32 sum.
+// An array of W4A16: whole numbers up to 2^22 of three digits from -128 to 127 to the base 256, the last first, times a power of
+// two. What is lost is below 2^-22 of the array's largest number, and nothing of a bfloat16 above 2^-14 of it.
 struct Digits {
     float first_factor = 0.0f, second_factor = 0.0f;  // their product turns activations into whole numbers
     float scale = 0.0f;

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "avx2.h"
 #include "portable.h"
@@ -45,7 +46,7 @@ struct Job {
 
     // A token's activations, or a part of them where there are fewer tokens than threads.
     void encode() {
-        const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads / tokens.count, tokens.arrays())), arrays = tokens.arrays();
+        const int64_t arrays = tokens.arrays(), parts = std::max<int64_t>(1, std::min<int64_t>(threads / tokens.count, arrays));
         const auto encode = tokens.planes == 1 ? path.encode : path.encode_digits;
         std::unique_ptr<float[]> values(new float[tokens.columns]);
         for (int64_t i; (i = encoded++) < tokens.count * parts;) {
@@ -64,7 +65,8 @@ struct Job {
     }
 
     void multiply() {
-        const int64_t tiles = matrix->tiles(), chunk = std::max<int64_t>(1, tiles / (threads * 8)), chunks = (tiles + chunk - 1) / chunk;
+        const int64_t tiles = matrix->tiles(), chunk = std::max<int64_t>(1, tiles / (threads * 8));
+        const int64_t chunks = (tiles + chunk - 1) / chunk;
         const int64_t planes = tokens.count * tokens.planes, groups = (planes + PLANES - 1) / PLANES;
         for (int64_t i; (i = multiplied++) < groups * chunks;) {
             const int64_t first = i / chunks * PLANES, last = std::min<int64_t>(first + PLANES, planes);
@@ -159,8 +161,8 @@ void qurl_lobcq_unpack(int64_t rows, int64_t columns, const uint8_t* packed, uin
 }
 
 // codes: int8 [tokens, columns]. scales: float32 [tokens, columns / 64], 2^8 E4M3 numbers. factors: double [tokens].
-void qurl_lobcq_encode(const Books* books, int path, const OpenMp* openmp, const void* x, int is_bfloat16, int64_t count, int64_t columns,
-                       int8_t* codes, float* scales, double* factors) {
+void qurl_lobcq_encode(const Books* books, int path, const OpenMp* openmp, const void* x, int is_bfloat16, int64_t count,
+                       int64_t columns, int8_t* codes, float* scales, double* factors) {
     std::unique_ptr<int32_t[]> offsets(new int32_t[count * columns / ARRAY]);
     Tokens tokens{count, columns, 1, codes, scales, offsets.get(), factors};
     run(*books, path, *openmp, {x, is_bfloat16 != 0}, tokens, nullptr, {});
@@ -174,8 +176,9 @@ void qurl_lobcq_linear(const Books* books, int path, const OpenMp* openmp, int k
     const int planes = keeps_activations ? DIGITS : 1;
     const int64_t numbers = count * planes * columns, arrays = numbers / ARRAY;
     const int64_t bytes = numbers + arrays * 8 + count * 8 + 4 * 64;
-    std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)), std::free);
-    char* place = memory.get();
+    std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
+    if (!memory) throw std::bad_alloc();
+    char* place = static_cast<char*>(memory.get());
     Tokens tokens{count, columns, planes, take<int8_t>(place, numbers), take<float>(place, arrays), take<int32_t>(place, arrays),
                   take<double>(place, count)};
     run(*books, path, *openmp, {x, is_bfloat16 != 0}, tokens, &matrix, {out, is_bfloat16 != 0, bias, is_bias_bfloat16 != 0});

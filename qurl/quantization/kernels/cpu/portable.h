@@ -1,9 +1,10 @@
 // The loops in plain C++. They are also what the numbers mean: the others give the same bits.
 //
 // W4A4: sums over an array are whole numbers, below 2^24 and so exact in float32; each is multiplied by the product of the two
-// E4M3 scales, and these terms are added in float32 in the order of the arrays. W4A16: activations of an array become whole numbers
-// of three digits, see Digits; each digit's sums are taken as above, with powers of two for the activations' scales. The digits' sums
-// are added, and the scales of matrix and token applied, at the end in double. Nothing is fused, so nothing depends on the CPU.
+// E4M3 scales, and these terms are added in float32 in the order of the arrays. W4A16: activations of an array become whole
+// numbers of three digits, see Digits; each digit's sums are taken as above, with powers of two for the activations' scales. The
+// digits' sums are added, and the scales of matrix and token applied, at the end in double. Nothing is fused, so nothing depends
+// on the CPU.
 #pragma once
 
 #include <algorithm>
@@ -90,7 +91,8 @@ inline __attribute__((always_inline)) void store(const float (*totals)[HEIGHT], 
 
 namespace portable {
 
-void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token, Tokens& tokens) {
+void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
+            Tokens& tokens) {
     for (int64_t g = first; g < last; ++g) {
         float amax = 0.0f;
         for (int i = 0; i < ARRAY; ++i) amax = std::max(amax, std::fabs(values[g * ARRAY + i]));
@@ -121,11 +123,12 @@ void encode(const Books& books, const float* values, float global_scale, int64_t
     }
 }
 
-void encode_digits(const Books&, const float* values, float global_scale, int64_t first, int64_t last, int64_t token, Tokens& tokens) {
+void encode_digits(const Books&, const float* values, float token_scale, int64_t first, int64_t last, int64_t token,
+                   Tokens& tokens) {
     for (int64_t g = first; g < last; ++g) {
         float amax = 0.0f;
         for (int i = 0; i < ARRAY; ++i) amax = std::max(amax, std::fabs(values[g * ARRAY + i]));
-        const Digits digits(amax, global_scale);
+        const Digits digits(amax, token_scale);
         int32_t sums[DIGITS] = {};
         for (int i = 0; i < ARRAY; ++i) {
             int32_t rest = static_cast<int32_t>(std::nearbyint(values[g * ARRAY + i] * digits.first_factor * digits.second_factor));
@@ -140,7 +143,9 @@ void encode_digits(const Books&, const float* values, float global_scale, int64_
     }
 }
 
-float load(const Source& source, int64_t token, int64_t columns, float* values) { return load_token(source, token, columns, values); }
+float load(const Source& source, int64_t token, int64_t columns, float* values) {
+    return load_token(source, token, columns, values);
+}
 
 inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int64_t g, int8_t numbers[HEIGHT][ARRAY]) {
     for (int r = 0; r < HEIGHT; ++r)

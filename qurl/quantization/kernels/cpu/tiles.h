@@ -1,11 +1,12 @@
 // How weights lie in memory: tiles of 8 rows, with blocks of 8 columns that share a codebook and arrays of 64 that share a scale.
 //
 // A tile holds, for one array after the other,
-//   codes      8 times 32 bytes, per block. Byte 8 q + j has column j of row LOW[q] in its low half, of row LOW[q] + 2 in the high one.
+//   codes      8 times 32 bytes, per block. Byte 8 q + j has column j of row LOW[q] in its low half and that of row LOW[q] + 2, where
+//              LOW = 0, 1, 4, 5, in its high half.
 //   selectors  8 times 4 bytes, per block. Byte q has the book of row q in its low half and of row q + 4 in its high half.
 //   scales     8 bytes, E4M3 of rows 0 to 7
-// That is what is on the wire, 37 bytes per 64 weights, and all of it is read from the first byte to the last. After all tiles comes a
-// double for each row: the reciprocal of the float32 scale of its matrix. Rows beyond the last are zeros.
+// That is what is on the wire, 37 bytes per 64 weights, and all of it is read from the first byte to the last. After all tiles
+// comes a double for each row: the reciprocal of the float32 scale of its matrix. Rows beyond the last are zeros.
 //
 // The order of rows is such that a table lookup in each half of a 32-byte register serves two books, and that adding neighbors
 // of two sums of products leaves rows 0 to 7 in order.
@@ -19,7 +20,6 @@ constexpr int ARRAY = 64;   // columns that share a scale
 constexpr int BLOCKS = ARRAY / BLOCK;
 constexpr int HEIGHT = 8;   // rows of a tile
 constexpr int ENTRIES = 16; // of a book, and books
-constexpr int LOW[4] = {0, 1, 4, 5};
 
 // Of the array of a tile: where its selectors and scales are, and its end.
 constexpr int SELECTORS = BLOCKS * 32, SCALES = SELECTORS + BLOCKS * 4, ARRAY_BYTES = SCALES + HEIGHT;
@@ -78,7 +78,8 @@ inline void pack_tile(const Matrix& matrix, int64_t tile, uint8_t* packed, const
     for (int r = 0; r < HEIGHT; ++r) row_scales[r] = r < count ? 1.0 / global_scales[first + r] : 0.0;
 }
 
-inline void unpack_tile(const Matrix& matrix, int64_t tile, uint8_t* codes, uint8_t* selectors, uint8_t* scales, float* global_scales) {
+inline void unpack_tile(const Matrix& matrix, int64_t tile, uint8_t* codes, uint8_t* selectors, uint8_t* scales,
+                        float* global_scales) {
     const int64_t arrays = matrix.arrays(), blocks = arrays * BLOCKS, first = tile * HEIGHT;
     for (int r = 0; r < HEIGHT && first + r < matrix.rows; ++r) {
         const int q = (r & 1) | (r >> 2) << 1, high = (r >> 1 & 1) * 4;
