@@ -4,8 +4,10 @@ The layout is that of the format's own settings: blocks of 8, arrays of 64, 16 b
 how weights lie in memory, `portable.h` which sums are exact and in what order the others are taken, so that every set of
 instructions gives the same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format
 the activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no
-codewords: its activations become whole numbers of 23 bits with a scale for each array, which loses what a float32 sum loses too,
-so that its products are sums of integers as well.
+codewords: its activations become whole numbers of 23 bits with a scale for each array, which loses less than 2^-22 of the array's
+largest number, so that its products are sums of integers as well.
+
+Sets of instructions: AVX2 and portable C++. None for AVX512 or ARM, which take one of these two.
 
 A token with NaN or Inf gives NaN everywhere."""
 

@@ -1,8 +1,8 @@
 // How weights lie in memory: tiles of 8 rows, with blocks of 8 columns that share a codebook and arrays of 64 that share a scale.
 //
 // A tile holds, for one array after the other,
-//   codes      8 times 32 bytes, per block. Byte 8 q + j has column j of row LOW[q] in its low half and that of row LOW[q] + 2, where
-//              LOW = 0, 1, 4, 5, in its high half.
+//   codes      8 times 32 bytes, per block. Byte 8 q + j has column j of row LOW[q], where LOW = 0, 1, 4, 5, in its low half and
+//              that of row LOW[q] + 2 in its high half.
 //   selectors  8 times 4 bytes, per block. Byte q has the book of row q in its low half and of row q + 4 in its high half.
 //   scales     8 bytes, E4M3 of rows 0 to 7
 // That is what is on the wire, 37 bytes per 64 weights, and all of it is read from the first byte to the last. After all tiles
