@@ -1,4 +1,4 @@
-"""`qurl bench rollout|sync|break-even`: run a benchmark and print its rows."""
+"""`qurl bench rollout|kernels|sync|break-even`: run a benchmark and print its rows."""
 
 from __future__ import annotations
 
@@ -10,38 +10,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WIDTH = 160
+WIDTH = 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand per benchmark; options left out take the benchmark's own defaults."""
-    parser.epilog = "Examples:\n  qurl bench rollout --formats none int8 --batch-sizes 1 16\n  qurl bench sync --formats int8"
+    parser.epilog = (
+        "Examples:\n  qurl bench rollout --formats none int8 --batch-sizes 1 16\n  qurl bench kernels --shapes 4096x4096\n"
+        "  qurl bench sync --formats int8"
+    )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     rollout = benchmarks.add_parser("rollout", help="decoding speed of each format, paired with full precision")
-    rollout.add_argument("--shapes", nargs="+", metavar="SHAPE")
-    rollout.add_argument("--batch-sizes", nargs="+", type=int, metavar="N")
     rollout.add_argument("--steps-per-round", type=int, metavar="N", help="decode steps of an engine before the next one's turn")
-    rollout.add_argument("--num-threads", type=int, metavar="N", help="of an engine; default: all cores")
+    kernels = benchmarks.add_parser("kernels", help="speed of each format's matrix products on the CPU, paired with bfloat16")
+    for command, shape in ((rollout, "SHAPE"), (kernels, "SHAPE|OUTPUTSxINPUTS")):
+        command.add_argument("--shapes", nargs="+", metavar=shape)
+        command.add_argument("--batch-sizes", nargs="+", type=int, metavar="N")
+        command.add_argument("--num-threads", type=int, metavar="N", help="of an engine; default: all cores")
     sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
     sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
-    even = benchmarks.add_parser("break-even", help="whether a format pays in the iterations of a run, by the other two benchmarks")
+    even = benchmarks.add_parser("break-even", help="whether a format pays in the iterations of a run, by rollout and sync")
     even.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     for other in ("rollout", "sync"):
         even.add_argument(f"--{other}", type=Path, required=True, metavar="FILE", help=f"what `qurl bench {other} --json` wrote")
     even.add_argument("--shape", metavar="SHAPE", help="of the rollout benchmark, where it measured several")
     even.add_argument("--batch-size", type=int, metavar="N", help="likewise")
     even.add_argument("--transport", metavar="TRANSPORT", help="of the sync benchmark, where it measured several")
-    for command in (rollout, sync):
-        command.add_argument("--formats", nargs="+", metavar="FORMAT", help="none, int8, fp8, mxfp4, ...; rollout: stock_int8 too")
+    for command in (rollout, kernels, sync):
+        help_ = "none, int8, fp8, mxfp4, ...; rollout: stock_int8 too; kernels: onednn_int8 too"
+        command.add_argument("--formats", nargs="+", metavar="FORMAT", help=help_)
         command.add_argument("--num-rounds", type=int, metavar="N", help="turns of every format; a ratio is the median over rounds")
-    for command in (rollout, sync, even):
+    for command in (rollout, kernels, sync, even):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
 
 
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a shape, format or transport that does not exist."""
     options = {k: v for k, v in vars(args).items() if k not in ("command", "benchmark", "json") and v is not None}
-    rows = {"rollout": _rollout_rows, "sync": _sync_rows, "break-even": _break_even_rows}[args.benchmark](options)
+    benchmarks = {"rollout": _rollout_rows, "kernels": _kernel_rows, "sync": _sync_rows, "break-even": _break_even_rows}
+    rows = benchmarks[args.benchmark](options)
     _print(rows)
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
@@ -62,6 +69,12 @@ def _rollout_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
             bar.update(task, description=f"decoding, {shape}", completed=done, total=total)
 
         return [dataclasses.asdict(row) for row in run_rollout_bench(**options, progress=show)]
+
+
+def _kernel_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+    from qurl.bench.kernels import run_kernel_bench
+
+    return [dataclasses.asdict(row) for row in run_kernel_bench(**options)]
 
 
 def _sync_rows(options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@
                GPU: vLLM's choice (CUTLASS first).
     fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
     fp8_block  the same.
+    lobcq      and its variants, CPU: C++ over packed weights, compiled on first use; see qurl.vllm_plugin.lobcq. Where that fails,
+               and on a GPU, as the others of 4 bits.
     4 bits     everywhere: activations rounded to the format's numbers, times the decoded weight in float32.
 
 The AMX kernel scales activations by 127/amax where oneDNN multiplies by 1/(amax/127): codes differ by one where a value lies
@@ -28,6 +30,7 @@ from torch.nn import Parameter, functional
 from qurl.quantization import FORMATS
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.grouped import GroupedFormat
+from qurl.quantization.kernels.cpu.library import KernelsUnavailable
 from qurl.vllm_plugin import compat
 
 logger = logging.getLogger(__name__)
@@ -80,8 +83,9 @@ class CodeKernel(LinearKernel):
 def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> LinearKernel:
     """The kernel for a layer of this format. Raises ValueError where the device has none for it."""
     kernel: LinearKernel
+    reason = ""
     if isinstance(format, GroupedFormat):
-        kernel = Decoded(format, shape)
+        kernel, reason = _grouped_kernel(format, shape)
     elif shape.device.type == "cuda":
         from qurl.vllm_plugin.cuda import select_cuda_kernel
 
@@ -90,8 +94,20 @@ def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> 
         kernel = _cpu_int8_kernel(shape)
     else:
         kernel = Emulation(format, shape)
-    _announce(format, kernel)
+    _announce(format, kernel, reason)
     return kernel
+
+
+def _grouped_kernel(format: GroupedFormat, shape: LayerShape) -> tuple[LinearKernel, str]:
+    """And why it is not a better one, where that is for want of something."""
+    from qurl.vllm_plugin import lobcq
+
+    if lobcq.is_for(format, shape):
+        try:
+            return lobcq.PackedLoBcq(format, shape), ""
+        except KernelsUnavailable as error:
+            return Decoded(format, shape), f" ({error})"
+    return Decoded(format, shape), ""
 
 
 def _cpu_int8_kernel(shape: LayerShape) -> LinearKernel:
@@ -110,11 +126,11 @@ class AmxInt8(CodeKernel):
         self.packed = self.scale = self.bias = torch.empty(0)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.packed = _into(self.packed, compat.amx_int8_pack(rows["weight"]))
-        self.scale = _into(self.scale, rows["weight_scale"])
+        self.packed = into(self.packed, compat.amx_int8_pack(rows["weight"]))
+        self.scale = into(self.scale, rows["weight_scale"])
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            self.bias = _into(self.bias, bias.data.float())
+            self.bias = into(self.bias, bias.data.float())
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() != 2:
@@ -135,7 +151,7 @@ class OneDnnInt8(CodeKernel):
         self.handler: Any = None
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.scale = _into(self.scale, rows["weight_scale"])
+        self.scale = into(self.scale, rows["weight_scale"])
         self.handler = compat.onednn_int8_handler(rows["weight"], self.scale, self.shape.dtype)
         self.handler_tensor = self.handler.handler_tensor
 
@@ -163,8 +179,8 @@ class FloatingInt8(CodeKernel):
         """Activation codes int8 [T, I] times weight codes: [T, O], bfloat16 or float32."""
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.codes = _into(self.codes, rows["weight"].to(self.HELD))
-        self.scale = _into(self.scale, rows["weight_scale"])
+        self.codes = into(self.codes, rows["weight"].to(self.HELD))
+        self.scale = into(self.scale, rows["weight_scale"])
         self.row_scale = self.scale.view(1, -1)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,8 +233,8 @@ class Emulation(CodeKernel):
         self.codes = self.scale = torch.empty(0)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.codes = _into(self.codes, rows["weight"])
-        self.scale = _into(self.scale, rows["weight_scale"])
+        self.codes = into(self.codes, rows["weight"])
+        self.scale = into(self.scale, rows["weight_scale"])
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.qurl.emulated_linear(x, self.codes, self.scale, bias, self.format_name, self.partitions)
@@ -252,7 +268,7 @@ class Decoded(LinearKernel):
         self.weight = torch.empty(0)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.weight = _into(self.weight, torch.cat(decode_parts(self.format, rows, self.shape.partitions)))
+        self.weight = into(self.weight, torch.cat(decode_parts(self.format, rows, self.shape.partitions)))
         layer.register_parameter("weight", as_parameter(self.weight))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -311,7 +327,7 @@ def decode_parts(format: QuantizationFormat, rows: Mapping[str, Tensor], partiti
     return [format.decode(wire) for wire in split_wire(format, rows, partitions)]
 
 
-def _into(storage: Tensor, value: Tensor) -> Tensor:
+def into(storage: Tensor, value: Tensor) -> Tensor:
     """`value` in the storage of the previous weights: whatever points to it stays right, and memory does not fragment."""
     if storage.shape != value.shape:  # there are none yet
         return value.detach().clone()
@@ -333,13 +349,13 @@ def _probe_codes(kernel: LinearKernel, layer: Any, scale: Tensor, shape: LayerSh
     return torch.cat(columns, dim=1)
 
 
-def _announce(format: QuantizationFormat, kernel: LinearKernel) -> None:
+def _announce(format: QuantizationFormat, kernel: LinearKernel, reason: str) -> None:
     name = f"{format.name} {type(kernel).__name__}"
     if name in _announced:
         return
     _announced.add(name)
     if isinstance(kernel, Emulation | Decoded):
-        logger.warning("%s is emulated on this device: exact codes and scales, float32 products, slow", format.name)
+        logger.warning("%s is emulated on this device%s: exact codes and scales, float32 products, slow", format.name, reason)
     elif isinstance(kernel, FloatingInt8):
         logger.warning("this CPU has no VNNI, without which oneDNN's INT8 products are wrong: int8 is multiplied in floating point")
     else:

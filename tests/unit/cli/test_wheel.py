@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qurl.quantization.kernels.cpu.library import SOURCES
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -17,8 +19,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(next(builder.WheelBuilder(str(ROOT)).build(directory=str(out), versions=["standard"])))
 
 
-def test_the_wheel_holds_every_preset_recipe_and_codebook(wheel: Path) -> None:
+def test_the_wheel_holds_every_preset_recipe_codebook_and_kernel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"qurl/quantization/kernels/cpu/{name}" for name in SOURCES} <= names
     codebooks = {f"qurl/quantization/lobcq/data/{path.name}" for path in (ROOT / "qurl/quantization/lobcq/data").iterdir()}
     assert codebooks and codebooks <= names
     for folder, packed in (("configs", "qurl/_configs"), ("recipes", "qurl/_recipes")):

@@ -1,0 +1,1 @@
+"""Loops that torch has not: compiled code behind the arithmetic of the formats."""

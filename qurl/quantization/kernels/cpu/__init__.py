@@ -1,0 +1,4 @@
+"""C++ for CPUs, compiled when it is first used.
+
+    library  compile once per user, load, find torch's threads
+    lobcq    LO-BCQ linear layers with weights that stay packed"""

@@ -1,0 +1,267 @@
+// The loops for AVX2 and F16C: the same bits as those in portable.h.
+//
+// A byte shuffle looks 16 codes of a book up. A register of 32 codes spans four blocks and two halves: two shuffles, each with a
+// book in either half, and a blend. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
+// (pmaddubsw) serves without splitting signs off: with codewords of activations the 16 products that a 16-bit sum gets stay within
+// 16 * 63 * 31 < 2^15, with digits 4 do, 4 * 63 * 128 < 2^15. 32 times the sum of the activations' codes comes off at the end.
+// Weights of 8 bits trade signs (psignb) and are widened to 32 bits after every two products, since 2 * 128 * 127 < 2^15.
+#pragma once
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "portable.h"
+
+#define AVX2 __attribute__((target("avx2,f16c")))
+#define AVX2_INLINE AVX2 inline __attribute__((always_inline))
+
+namespace avx2 {
+
+constexpr int AHEAD = 8 * ARRAY_BYTES;  // bytes between what is read and what is asked for
+constexpr int CHUNK = 8;  // arrays of a tile that are looked up before many tokens are multiplied with them
+
+AVX2 float load(const Source& source, int64_t token, int64_t columns, float* values) {
+    return load_token(source, token, columns, values);
+}
+
+AVX2_INLINE float largest_of(__m256 values) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+AVX2_INLINE float array_amax(const float* values) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 amax = _mm256_setzero_ps();
+    for (int i = 0; i < ARRAY; i += 8) amax = _mm256_max_ps(amax, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
+    return largest_of(amax);
+}
+
+// The book with the least sum of squared errors for a block; the first of equals. steps: of its numbers, see Books::nearest.
+AVX2_INLINE int best_book(const Books& books, const float* block, const int32_t* steps) {
+    __m256 errors[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < BLOCK; ++i) {
+        const __m256 value = _mm256_broadcast_ss(block + i);
+        for (int part = 0; part < 2; ++part) {
+            const __m256 error = _mm256_sub_ps(_mm256_load_ps(books.nearest[steps[i]] + 8 * part), value);
+            const __m256 square = _mm256_mul_ps(error, error);
+            errors[part] = i ? _mm256_add_ps(errors[part], square) : square;
+        }
+    }
+    __m256 least = _mm256_min_ps(errors[0], errors[1]);
+    least = _mm256_min_ps(least, _mm256_permute2f128_ps(least, least, 1));
+    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4E));
+    least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xB1));
+    const __m256i equal = _mm256_packs_epi32(_mm256_castps_si256(_mm256_cmp_ps(errors[0], least, _CMP_EQ_OQ)),
+                                             _mm256_castps_si256(_mm256_cmp_ps(errors[1], least, _CMP_EQ_OQ)));
+    const uint32_t bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(equal, 0xD8)));
+    return __builtin_ctz(bits) / 2;  // two bits for each book, in order
+}
+
+AVX2 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
+                 Tokens& tokens) {
+    const __m256 largest = _mm256_set1_ps(static_cast<float>(books.largest));
+    const __m256 smallest = _mm256_sub_ps(_mm256_setzero_ps(), largest);
+    const __m256i middle = _mm256_set1_epi32(2 * books.largest);
+    for (int64_t g = first; g < last; ++g) {
+        const float scale = scale_of_array(array_amax(values + g * ARRAY), global_scale, books);
+        const __m256 inverse = _mm256_set1_ps(scale > 0.0f ? global_scale / scale : 0.0f);
+        alignas(32) float scaled[ARRAY];
+        alignas(32) int32_t steps[ARRAY];
+        for (int i = 0; i < ARRAY; i += 8) {
+            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + i), inverse);
+            const __m256 clamped = _mm256_min_ps(_mm256_max_ps(value, smallest), largest);
+            const __m256 half = _mm256_floor_ps(_mm256_add_ps(clamped, clamped));
+            _mm256_store_ps(scaled + i, value);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(steps + i), _mm256_add_epi32(_mm256_cvtps_epi32(half), middle));
+        }
+        int8_t* codes = tokens.codes + token * tokens.columns + g * ARRAY;
+        int best[BLOCKS];
+        for (int b = 0; b < BLOCKS; ++b) best[b] = best_book(books, scaled + b * BLOCK, steps + b * BLOCK);
+        int32_t sum = 0;
+        for (int i = 0; i < ARRAY; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best[i / BLOCK]];
+        tokens.scales[token * tokens.arrays() + g] = scale * 256.0f;
+        tokens.offsets[token * tokens.arrays() + g] = 32 * sum;
+    }
+}
+
+AVX2_INLINE int32_t sum_of(__m256i values) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+}
+
+AVX2 void encode_digits(const Books&, const float* values, float token_scale, int64_t first, int64_t last, int64_t token,
+                        Tokens& tokens) {
+    const __m256i low_byte = _mm256_set1_epi32(255), half = _mm256_set1_epi32(128);
+    const __m256i first_bytes = _mm256_set1_epi32(0x0C080400);
+    for (int64_t g = first; g < last; ++g) {
+        const Digits digits(array_amax(values + g * ARRAY), token_scale);
+        __m256i sums[DIGITS] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+        for (int i = 0; i < ARRAY; i += 8) {
+            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + i), _mm256_set1_ps(digits.first_factor));
+            __m256i rest = _mm256_cvtps_epi32(_mm256_mul_ps(value, _mm256_set1_ps(digits.second_factor)));
+            for (int digit = 0; digit < DIGITS; ++digit) {
+                rest = _mm256_add_epi32(rest, half);
+                const __m256i code = _mm256_sub_epi32(_mm256_and_si256(rest, low_byte), half);
+                const __m256i bytes = _mm256_shuffle_epi8(code, first_bytes);  // of four numbers in either half
+                rest = _mm256_srai_epi32(rest, 8);
+                sums[digit] = _mm256_add_epi32(sums[digit], code);
+                int8_t* codes = tokens.codes + (token * DIGITS + digit) * tokens.columns + g * ARRAY + i;
+                _mm_storel_epi64(reinterpret_cast<__m128i*>(codes),
+                                 _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+            }
+        }
+        const int32_t totals[DIGITS] = {sum_of(sums[0]), sum_of(sums[1]), sum_of(sums[2])};
+        digits.store(totals, token, g, tokens);
+    }
+}
+
+AVX2_INLINE __m256i pair(const uint8_t* pairs, uint32_t selector) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(pairs + selector * 2 * ENTRIES));
+}
+
+// 64 codewords: `low` of rows 0, 1, 4, 5 and `high` of rows 2, 3, 6, 7.
+AVX2_INLINE void look_up(const uint8_t* pairs, const uint8_t* codes, const uint8_t* selectors, __m256i& low, __m256i& high) {
+    const __m256i four_bits = _mm256_set1_epi8(15);
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m256i first = _mm256_and_si256(both, four_bits), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), four_bits);
+    low = _mm256_blend_epi32(_mm256_shuffle_epi8(pair(pairs, selectors[0]), first),
+                             _mm256_shuffle_epi8(pair(pairs, selectors[1]), first), 0xCC);
+    high = _mm256_blend_epi32(_mm256_shuffle_epi8(pair(pairs, selectors[2]), second),
+                              _mm256_shuffle_epi8(pair(pairs, selectors[3]), second), 0xCC);
+}
+
+// E4M3 scales of rows 0 to 7, times 2^-8.
+AVX2_INLINE __m256 weight_scales(const uint8_t* scales) {
+    const __m128i halves = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales)));
+    return _mm256_cvtph_ps(_mm_slli_epi16(halves, 7));  // E4M3 is float16 with fewer bits and another bias
+}
+
+// Ask for what is some arrays ahead: the processor's own prefetching starts anew on every page.
+AVX2_INLINE void prefetch(const uint8_t* array) {
+    const char* ahead = reinterpret_cast<const char*>(array + AHEAD);
+    for (int line = 0; line < ARRAY_BYTES; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+}
+
+struct Tile {
+    const uint8_t* arrays;
+    const __m256i* numbers;  // codewords that were looked up before, 16 registers per array, or null
+};
+
+// Sums of two products of 16 codewords of 6 bits with codewords of 6 bits or digits of 8, or of codewords of 8 bits with either.
+enum class Kind { small, digits, wide };
+
+// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals.
+template <int NUM_TOKENS, Kind KIND, bool IS_LOOKED_UP>
+AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t first, int64_t last,
+                           float (*totals)[HEIGHT]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256 total[NUM_TOKENS];
+    for (int t = 0; t < NUM_TOKENS; ++t) total[t] = _mm256_loadu_ps(totals[t]);
+    for (int64_t g = first; g < last; ++g) {
+        const uint8_t* array = tile.arrays + g * ARRAY_BYTES;
+        if (!IS_LOOKED_UP) prefetch(array);
+        __m256i sums[NUM_TOKENS][2];
+        for (int t = 0; t < NUM_TOKENS; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+        for (int b = 0; b < BLOCKS; b += 2) {
+            __m256i weights[2][2];
+            for (int k = 0; k < 2; ++k) {
+                if (IS_LOOKED_UP) {
+                    for (int part = 0; part < 2; ++part) weights[k][part] = tile.numbers[((g - first) * BLOCKS + b + k) * 2 + part];
+                } else {
+                    look_up(pairs, array + (b + k) * 32, array + SELECTORS + (b + k) * 4, weights[k][0], weights[k][1]);
+                }
+            }
+#pragma GCC unroll 4
+            for (int t = 0; t < NUM_TOKENS; ++t) {
+                int64_t eight[2];
+                std::memcpy(eight, tokens.codes + (token + t) * tokens.columns + g * ARRAY + b * BLOCK, 16);
+                const __m256i x[2] = {_mm256_set1_epi64x(eight[0]), _mm256_set1_epi64x(eight[1])};
+                for (int part = 0; part < 2; ++part) {
+                    __m256i products[2];
+                    for (int k = 0; k < 2; ++k) {
+                        if (KIND == Kind::wide) {
+                            const __m256i weight = _mm256_sign_epi8(weights[k][part], x[k]);
+                            products[k] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x[k]), weight), ones);
+                        } else {
+                            products[k] = _mm256_maddubs_epi16(weights[k][part], x[k]);
+                        }
+                    }
+                    if (KIND == Kind::small) {
+                        sums[t][part] = _mm256_add_epi16(_mm256_add_epi16(sums[t][part], products[0]), products[1]);
+                    } else if (KIND == Kind::digits) {
+                        const __m256i both = _mm256_add_epi16(products[0], products[1]);
+                        sums[t][part] = _mm256_add_epi32(sums[t][part], _mm256_madd_epi16(both, ones));
+                    } else {
+                        sums[t][part] = _mm256_add_epi32(_mm256_add_epi32(sums[t][part], products[0]), products[1]);
+                    }
+                }
+            }
+        }
+        const __m256 scales = weight_scales(array + SCALES);
+#pragma GCC unroll 4
+        for (int t = 0; t < NUM_TOKENS; ++t) {
+            const int64_t place = (token + t) * tokens.arrays() + g;
+            if (KIND == Kind::small)
+                for (int part = 0; part < 2; ++part) sums[t][part] = _mm256_madd_epi16(sums[t][part], ones);
+            __m256i sum = _mm256_hadd_epi32(sums[t][0], sums[t][1]);
+            if (KIND != Kind::wide) sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(tokens.offsets[place]));
+            const __m256 both = _mm256_mul_ps(scales, _mm256_set1_ps(tokens.scales[place]));
+            total[t] = _mm256_add_ps(total[t], _mm256_mul_ps(_mm256_cvtepi32_ps(sum), both));
+        }
+    }
+    for (int t = 0; t < NUM_TOKENS; ++t) _mm256_storeu_ps(totals[t], total[t]);
+}
+
+template <Kind KIND, bool IS_LOOKED_UP>
+AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t count,
+                           int64_t first, int64_t last, float (*totals)[HEIGHT]) {
+    if (count == 1) add_codes<1, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+    else if (count == 2) add_codes<2, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+    else if (count == 3) add_codes<3, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+    else add_codes<4, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+}
+
+template <Kind KIND>
+AVX2 void multiply_codes(const uint8_t* pairs, Tile tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
+    const int64_t arrays = tokens.arrays();
+    if (last - first <= 4) {
+        add_codes<KIND, false>(pairs, tile, tokens, first, last - first, 0, arrays, totals);
+        return;
+    }
+    __m256i numbers[CHUNK * BLOCKS * 2];
+    tile.numbers = numbers;
+    for (int64_t g = 0; g < arrays; g += CHUNK) {
+        const int64_t end = g + CHUNK < arrays ? g + CHUNK : arrays;
+        for (int64_t h = g; h < end; ++h) {
+            const uint8_t* array = tile.arrays + h * ARRAY_BYTES;
+            prefetch(array);
+            for (int b = 0; b < BLOCKS; ++b) {
+                __m256i* both = numbers + ((h - g) * BLOCKS + b) * 2;
+                look_up(pairs, array + b * 32, array + SELECTORS + b * 4, both[0], both[1]);
+            }
+        }
+        for (int64_t m = first; m < last; m += 4)
+            add_codes<KIND, true>(pairs, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
+    }
+}
+
+AVX2 void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, int64_t tile, int64_t first, int64_t last,
+                   const Target& target) {
+    Totals totals;
+    std::memset(totals, 0, sizeof(float) * HEIGHT * static_cast<size_t>(last - first));
+    const Tile here{matrix.codes(tile, 0), nullptr};
+    const uint8_t* pairs = reinterpret_cast<const uint8_t*>(books.pairs);
+    if (!books.is_narrow()) multiply_codes<Kind::wide>(pairs, here, tokens, first, last, totals);
+    else if (tokens.planes == 1) multiply_codes<Kind::small>(books.shifted_pairs[0], here, tokens, first, last, totals);
+    else multiply_codes<Kind::digits>(books.shifted_pairs[0], here, tokens, first, last, totals);
+    for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
+}
+
+}  // namespace avx2
+
+#endif

@@ -1,0 +1,123 @@
+"""LO-BCQ linear layers on the CPU, with weights that stay packed: 37 bytes per 64 of them.
+
+The layout is that of the format's own settings: blocks of 8, arrays of 64, 16 books, with codewords of 6 or 8 bits. `tiles.h` says
+how weights lie in memory, `portable.h` which sums are exact and in what order the others are taken, so that every set of
+instructions gives the same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format
+the activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no
+codewords: its activations become whole numbers of 23 bits with a scale for each array, which loses less than 2^-22 of the array's
+largest number, so that its products are sums of integers as well.
+
+Sets of instructions: AVX2 and portable C++. None for AVX512 or ARM, which take one of these two.
+
+A token with NaN or Inf gives NaN everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qurl.quantization.base import QuantizationFormat
+from qurl.quantization.kernels.cpu.library import Library, load
+from qurl.quantization.lobcq import Layout, LoBcq
+
+_LAYOUTS = (Layout(), Layout(codeword_bits=8))
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def has_kernel(format: QuantizationFormat) -> bool:
+    """Whether the loops are written for this format; whether they can run here is another question, see library.load."""
+    return isinstance(format, LoBcq) and format.layout in _LAYOUTS
+
+
+class LoBcqKernel:
+    """The functions for one format."""
+
+    def __init__(self, format: LoBcq, library: Library) -> None:
+        assert has_kernel(format)
+        self._library = _typed(library)  # which owns what `_how` points to
+        self._functions = library.functions
+        self._keeps_activations = format.keeps_activations
+        entries = torch.tensor(format.codebooks.entries, dtype=torch.int8)
+        books = self._functions.qurl_lobcq_books(entries.data_ptr(), format.layout.largest)
+        self._how = (books, library.path_number, library.openmp)  # first arguments of what computes
+
+    def pack(self, wire: Mapping[str, Tensor]) -> Tensor:
+        """uint8 [bytes] from wire tensors with one row per output feature, the global scale too: its matrices may be several."""
+        codes, selectors = wire["weight"].contiguous(), wire["weight_selector"].contiguous()
+        scales = wire["weight_scale"].contiguous()
+        global_scales = wire["weight_global_scale"].float().contiguous()
+        rows, columns = len(codes), 2 * codes.shape[1]
+        packed = torch.empty(self._functions.qurl_lobcq_bytes(rows, columns), dtype=torch.uint8)
+        self._functions.qurl_lobcq_pack(
+            rows, columns, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(), global_scales.data_ptr()
+        )
+        return packed
+
+    def unpack(self, packed: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
+        """What `pack` was given."""
+        codes = torch.empty((rows, columns // 2), dtype=torch.uint8)
+        selectors = torch.empty((rows, columns // 16), dtype=torch.uint8)
+        scales = torch.empty((rows, columns // 64), dtype=torch.float8_e4m3fn)
+        global_scales = torch.empty((rows, 1), dtype=torch.float32)
+        self._functions.qurl_lobcq_unpack(
+            rows, columns, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(), global_scales.data_ptr()
+        )
+        return {"weight": codes, "weight_selector": selectors, "weight_scale": scales, "weight_global_scale": global_scales}
+
+    def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As the format's for W4A4: codewords, here int8 [T, I], and float32 scales [T, I/64]; x: bfloat16 or float32 [T, I]."""
+        x = x.contiguous()
+        codes = torch.empty(x.shape, dtype=torch.int8)
+        scales = torch.empty((x.shape[0], x.shape[1] // 64), dtype=torch.float32)
+        factors = torch.empty((x.shape[0], 1), dtype=torch.float64)
+        if len(x):
+            self._functions.qurl_lobcq_encode(
+                *self._how, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, codes.data_ptr(), scales.data_ptr(),
+                factors.data_ptr(),
+            )  # fmt: skip
+        return codes, (scales / 256.0) / factors.reciprocal().float()
+
+    def linear(self, x: Tensor, packed: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+        """x [T, I] -> [T, rows] in x's dtype; bfloat16 and float32 are computed with as they are, others in float32."""
+        if x.dtype not in _DTYPES:
+            return self.linear(x.float(), packed, rows, bias).to(x.dtype)
+        if bias is not None and bias.dtype not in _DTYPES:
+            bias = bias.float()
+        x = x.contiguous()
+        out = x.new_empty((x.shape[0], rows))
+        if out.numel():
+            self._functions.qurl_lobcq_linear(
+                *self._how, self._keeps_activations, x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows,
+                x.shape[1], None if bias is None else bias.data_ptr(), bias is not None and bias.dtype == torch.bfloat16,
+                out.data_ptr(),
+            )  # fmt: skip
+        return out
+
+
+@cache
+def kernel_of(format: LoBcq) -> LoBcqKernel:
+    """One per format and process. Raises KernelsUnavailable."""
+    return LoBcqKernel(format, load())
+
+
+def _typed(library: Library) -> Library:
+    """Tell ctypes what the functions take."""
+    functions = library.functions
+    path_and_threads: list[Any] = [c_void_p, c_int, c_void_p]
+    functions.qurl_lobcq_books.argtypes = [c_void_p, c_int]
+    functions.qurl_lobcq_books.restype = c_void_p
+    functions.qurl_lobcq_bytes.argtypes = [c_int64, c_int64]
+    functions.qurl_lobcq_bytes.restype = c_int64
+    functions.qurl_lobcq_pack.argtypes = functions.qurl_lobcq_unpack.argtypes = [c_int64, c_int64, *[c_void_p] * 5]
+    functions.qurl_lobcq_encode.argtypes = [*path_and_threads, c_void_p, c_int, c_int64, c_int64, *[c_void_p] * 3]
+    functions.qurl_lobcq_linear.argtypes = [
+        *path_and_threads, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int, c_void_p,
+    ]  # fmt: skip
+    for name in ("pack", "unpack", "encode", "linear"):
+        getattr(functions, f"qurl_lobcq_{name}").restype = None
+    return library

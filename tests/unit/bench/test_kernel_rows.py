@@ -1,0 +1,48 @@
+"""The kernel benchmark on matrices of a few bytes."""
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from qurl.bench.kernels import _matrices, run_kernel_bench
+from qurl.quantization.kernels.cpu import library
+from qurl.quantization.kernels.cpu.library import KernelsUnavailable
+
+
+def test_rows_pair_formats_and_say_what_ran():
+    try:
+        library.load()
+    except KernelsUnavailable as error:
+        pytest.skip(f"no compiled kernels: {error}")
+    threads = torch.get_num_threads()
+    rows = run_kernel_bench(["64x128"], ["none", "int8", "onednn_int8", "lobcq", "nvfp4"], [1, 3], num_rounds=3, num_threads=1,
+                            cache_bytes=1 << 16)  # fmt: skip
+    assert [(row.num_tokens, row.format) for row in rows] == [
+        (tokens, name) for tokens in (1, 3) for name in ("none", "int8", "onednn_int8", "lobcq", "nvfp4")
+    ]
+    found = {row.format: row for row in rows[:5]}
+    assert found["none"].ratio_min == found["none"].ratio_max == 1.0 and found["none"].bytes_per_weight == 2.0
+    assert found["lobcq"].kernel == "PackedLoBcq" and found["nvfp4"].kernel == "Decoded" and found["nvfp4"].bytes_per_weight == 4.0
+    assert found["lobcq"].bytes_per_weight == 37 / 64 + 8 / 128  # and a double for each row
+    assert found["onednn_int8"].kernel == "OneDnnInt8" and found["onednn_int8"].is_exact in (False, True)
+    for row in rows:
+        assert row.ratio_min <= row.ratio <= row.ratio_max and row.baseline == "none" and row.matrix == "64x128"
+        assert row.gb_per_s == pytest.approx(row.bytes_per_weight * 64 * 128 / row.time_us / 1e3) and row.bandwidth_share > 0
+    assert torch.get_num_threads() == threads
+
+
+def test_a_model_s_matrices_are_those_that_an_engine_runs():
+    assert _matrices(["1.4b", "8x64"]) == [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960), (8, 64)]
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"shapes": ["3b"]}, "shape '3b' is unknown; use OUTPUTSxINPUTS such as 4096x4096 or some of tiny"),
+    ({"shapes": []}, "there is no shape"),
+    ({"formats": ["none", "stock_int8"]}, "format 'stock_int8' is unknown; use some of none"),
+    ({"batch_sizes": [0]}, "at least 1"),
+    ({"num_rounds": 0}, "at least 1"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run_kernel_bench(**options)
