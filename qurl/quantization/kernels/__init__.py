@@ -1,0 +1,1 @@
+"""Fast arithmetic of formats, one package per kind of device; nothing imports them but what chooses a kernel for a layer."""
