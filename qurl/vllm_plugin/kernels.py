@@ -6,7 +6,8 @@
                GPU: vLLM's choice (CUTLASS first).
     fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
     fp8_block  the same.
-    4 bits     everywhere: activations rounded to the format's numbers, times the decoded weight in float32.
+    4 bits     everywhere: activations rounded to the format's numbers, times the decoded weight in float32. But LO-BCQ on a
+               GPU: Triton kernels that multiply packed codewords.
 
 The AMX kernel scales activations by 127/amax where oneDNN multiplies by 1/(amax/127): codes differ by one where a value lies
 exactly between two codes (some 4 of 10,000 values that come from bfloat16), and nowhere else.
@@ -28,6 +29,7 @@ from torch.nn import Parameter, functional
 from qurl.quantization import FORMATS
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.grouped import GroupedFormat
+from qurl.quantization.lobcq import LoBcq
 from qurl.vllm_plugin import compat
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,11 @@ class CodeKernel(LinearKernel):
 def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> LinearKernel:
     """The kernel for a layer of this format. Raises ValueError where the device has none for it."""
     kernel: LinearKernel
-    if isinstance(format, GroupedFormat):
+    if isinstance(format, LoBcq) and shape.device.type == "cuda":
+        from qurl.vllm_plugin.lobcq_cuda import CudaLoBcq
+
+        kernel = CudaLoBcq(format)
+    elif isinstance(format, GroupedFormat):
         kernel = Decoded(format, shape)
     elif shape.device.type == "cuda":
         from qurl.vllm_plugin.cuda import select_cuda_kernel

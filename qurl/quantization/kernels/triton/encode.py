@@ -36,10 +36,16 @@ def _to_e4m3(x):
 
 
 @triton.jit
-def _half_step(x, LARGEST: tl.constexpr):
+def _in_codewords(x, inverse):
+    """x over its scale; float32, and 0 for what is no number, whose token has scales that are none."""
+    number = x.to(tl.float32) * inverse
+    return tl.where(number == number, number, 0.0)
+
+
+@triton.jit
+def _half_step(number, LARGEST: tl.constexpr):
     """Row of the table of nearest codewords."""
-    finite = tl.where(x == x, x, 0.0)
-    return tl.floor(2.0 * tl.minimum(tl.maximum(finite, -LARGEST), LARGEST)).to(tl.int32) + 2 * LARGEST
+    return tl.floor(2.0 * tl.minimum(tl.maximum(number, -LARGEST), LARGEST)).to(tl.int32) + 2 * LARGEST
 
 
 @triton.jit
@@ -77,13 +83,13 @@ def encode_kernel(
     books = tl.arange(0, BOOKS)[None, None, :]
     errors = tl.zeros([ARRAYS, BLOCKS, BOOKS], tl.float32)
     for position in tl.static_range(BLOCK):
-        number = tl.load(x + block + position, mask=is_array[:, None], other=0.0).to(tl.float32) * inverse[:, None]
+        number = _in_codewords(tl.load(x + block + position, mask=is_array[:, None], other=0.0), inverse[:, None])
         candidate = tl.load(nearest + _half_step(number, LARGEST)[:, :, None] * BOOKS + books).to(tl.float32)
         error = candidate - number[:, :, None]
         errors += error * error
     book = tl.argmin(errors, axis=2)  # the first of equals
 
-    step = _half_step(numbers.to(tl.float32) * inverse[:, None, None], LARGEST)
+    step = _half_step(_in_codewords(numbers, inverse[:, None, None]), LARGEST)
     tl.store(codewords + column, tl.load(nearest + step * BOOKS + book[:, :, None]), mask=is_array[:, None, None])
 
 

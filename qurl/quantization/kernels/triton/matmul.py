@@ -5,9 +5,9 @@
 
 A tile is rows of the weight by tokens, for decoding few tokens as for prefill. Where a weight has too few rows to occupy a GPU, its
 columns are split; how, depends on its shape alone. For few tokens programs share the splits and a second kernel adds them up; for
-many tokens one program goes through all of them, and adds up in the same order. So in W4A4, where sums inside an array are exact,
-a token's result does not depend on how many tokens there are nor on the tile, as long as the compiler orders the scales'
-products alike."""
+many tokens one program goes through all of them, and adds up in the same order. So in W4A4, where sums inside an array are exact
+and scales are multiplied and added apart (no fused multiply-add), the bits of a token's result do not depend on how many tokens
+there are, and are the same on every device."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ WORDS = {2: torch.uint8, 4: torch.int16, 8: torch.int32}
 
 SMALLEST_ARRAY = 32
 """What tensor cores multiply in int8 has at least so many columns."""
+
+ROWS = 128
+"""Of a tile."""
 
 SHARED_TOKENS = 64
 """Up to so many tokens the splits of a weight are programs of their own."""
@@ -123,9 +126,9 @@ def add_splits_kernel(out, parts, global_scale, bias, tokens, rows, splits, ROWS
 
 
 def num_splits(rows: int, arrays: int) -> int:
-    """Into how many parts the columns of a weight are cut: until there are 256 tiles of 64 rows, or 8 arrays in a part."""
+    """Into how many parts the columns of a weight are cut: until there are 256 tiles, or fewer than 16 arrays in a part."""
     splits = 1
-    while triton.cdiv(rows, 64) * splits < 256 and arrays >= 16 * splits:
+    while triton.cdiv(rows, ROWS) * splits < 256 and arrays >= 16 * splits:
         splits *= 2
     return splits
 
@@ -147,13 +150,14 @@ def lobcq_matmul(
     splits = num_splits(rows, arrays)
     is_shared = splits > 1 and tokens <= SHARED_TOKENS
     parts = x.new_empty((splits, tokens, rows), dtype=torch.float32) if is_shared else out
-    tile = {"ROWS": 64, "TOKENS": 16, "num_warps": 4} if tokens <= 16 else {"ROWS": 128, "TOKENS": 64, "num_warps": 8}
-    grid = (triton.cdiv(tokens, tile["TOKENS"]), triton.cdiv(rows, tile["ROWS"]), splits if is_shared else 1)
+    width, num_warps = (16, 4) if tokens <= 16 else (64, 8)
+    grid = (triton.cdiv(tokens, width), triton.cdiv(rows, ROWS), splits if is_shared else 1)
     multiply_kernel[grid](
         parts, x.contiguous(), x_scales, weight.view(WORDS[block]), selectors, scales.view(torch.uint8), global_scale,
         codebooks.view(torch.int32) if permute else codebooks, bias,
         tokens, rows, arrays, 0 if selectors is None else selectors.shape[1], splits, triton.cdiv(arrays, splits),
-        BLOCK=block, ARRAY=array, BITS=bits, SHARED=is_shared, PERMUTE=permute, num_stages=3, enable_fp_fusion=False, **tile,
+        BLOCK=block, ARRAY=array, BITS=bits, ROWS=ROWS, TOKENS=width, SHARED=is_shared, PERMUTE=permute,
+        num_warps=num_warps, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     if is_shared:
         add_splits_kernel[(triton.cdiv(tokens, 4), triton.cdiv(rows, 256))](
