@@ -24,8 +24,8 @@ class CudaLoBcq(LinearKernel):
     def __init__(self, format: LoBcq) -> None:
         if format.layout.array < SMALLEST_ARRAY:
             raise ValueError(
-                f"quantization.format={format.name} has arrays of {format.layout.array}, and GPUs multiply {SMALLEST_ARRAY} columns "
-                "or more at once; use quantization.format=lobcq"
+                f"quantization.format={format.name} has arrays of {format.layout.array} columns, and GPUs multiply "
+                f"{SMALLEST_ARRAY} or more at once; use quantization.format=lobcq"
             )
         self.format = format
         self.names: tuple[str, ...] = ()

@@ -16,10 +16,11 @@ from qurl.quantization.kernels.triton import codebook_bytes, lobcq_encode, lobcq
 from qurl.quantization.kernels.triton.codewords import PERMUTE
 from qurl.quantization.kernels.triton.encode import _to_e4m3
 from qurl.quantization.kernels.triton.matmul import SMALLEST_ARRAY, num_splits
-from qurl.quantization.lobcq import LoBcq
+from qurl.quantization.lobcq import Layout, LoBcq
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy divides by 0 where a GPU does
-FORMATS_HERE = [FORMATS["lobcq"], FORMATS["lobcq_int8"], *(any_format(layout) for layout in VARIANTS[1:])]
+LAYOUTS = [*VARIANTS[1:], Layout(block=4, array=32, num_codebooks=8)]
+FORMATS_HERE = [FORMATS["lobcq"], FORMATS["lobcq_int8"], *map(any_format, LAYOUTS)]
 MULTIPLIED = [format for format in FORMATS_HERE if format.layout.array >= SMALLEST_ARRAY]
 
 
@@ -164,7 +165,7 @@ HALF = [(FORMATS["lobcq"], torch.bfloat16), (FORMATS["lobcq"], torch.float16)]
 
 @pytest.mark.parametrize("format,dtype", [*((format, torch.float32) for format in FORMATS_HERE), *HALF], ids=label)
 def test_activations_get_the_reference_s_codewords_and_scales(format, dtype):
-    x = (normal(4, 384, seed=3) * torch.tensor([1.0, 300.0, 0.0, 1e-3])[:, None]).to(dtype)
+    x = (normal(3, 384, seed=3) * torch.tensor([1.0, 300.0, 0.0])[:, None]).to(dtype)
     x[0, :128] = 0.0  # arrays of zeros
     x[1, ::96] *= 50.0  # outliers
     codewords, scales = encode(format, x)
@@ -197,9 +198,10 @@ def test_a_token_that_is_not_finite_has_no_finite_result_and_harms_no_other():
         assert out[3].isfinite().all() and not out[:3].isfinite().any()
 
 
-@pytest.mark.parametrize("tokens,sizes,columns", [(1, [1], 128), (17, [7, 130], 256), (5, [64, 3, 61], 384)])
+@pytest.mark.parametrize("tokens,sizes,columns", [(1, [1], 64), (17, [7, 130], 384)])
 @pytest.mark.parametrize("format", MULTIPLIED, ids=label)
 def test_w4a4_is_the_loop_bit_by_bit(format, tokens, sizes, columns):
+    columns = max(columns, format.layout.array)
     wires, stacked = fused(format, sizes, columns)
     x, x_scales = quantized(format, normal(tokens, columns, seed=9) * torch.linspace(0.1, 9.0, tokens)[:, None])
     found = multiply(format, x, x_scales, stacked)
@@ -265,7 +267,7 @@ def test_byte_permutes_and_gathers_multiply_the_same_codewords(ptx, format):
     assert torch.equal(found, multiply(format, x, x_scales, stacked, permute=False)) and found.abs().min() > 0
 
 
-def test_compilers_see_operators():
+def test_a_compiler_is_told_the_shapes_and_types_that_come():
     format = FORMATS["lobcq"]
     _, stacked = fused(format, [5], 128)
     x, table = normal(3, 128), nearest_codewords(format.codebooks)
@@ -275,8 +277,3 @@ def test_compilers_see_operators():
     torch.library.opcheck(lobcq_encode, (x, table, 8, 64), test_utils=("test_schema", "test_faketensor"))
     for inputs in ((codewords, scales), (x, None)):  # the schema's check cannot copy E4M3
         torch.library.opcheck(lobcq_matmul, (*inputs, *weights, *rest), test_utils="test_faketensor")
-
-    def layer(x):
-        return lobcq_matmul(*lobcq_encode(x, table, 8, 64), *weights, *rest) * 2
-
-    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))

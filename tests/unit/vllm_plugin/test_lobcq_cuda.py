@@ -37,7 +37,7 @@ def test_layers_on_a_gpu_get_the_kernel_and_layers_on_a_cpu_do_not(name):
 
 
 def test_arrays_too_short_for_tensor_cores_are_refused():
-    with pytest.raises(ValueError, match=r"quantization.format=short has arrays of 16, and GPUs multiply 32 .* use .*lobcq"):
+    with pytest.raises(ValueError, match=r"format=short has arrays of 16 columns, and GPUs multiply 32 .* use .*=lobcq"):
         CudaLoBcq(LoBcq("short", Layout(array=16), "none"))
 
 
@@ -48,7 +48,7 @@ def test_what_it_holds_is_what_came_and_a_second_load_replaces_it(name):
     _, _, wires = loaded(name, kernel, layer, seed=1)
     held = kernel.decoded(layer, FORMATS[name], PARTITIONS)
     assert all(torch.equal(part, FORMATS[name].decode(wire)) for part, wire in zip(held, wires, strict=True))
-    assert tables[0] is layer.codebooks and tables[1] is layer.nearest_codewords and not layer.state_dict(prefix="x").get("xcodebooks")
+    assert tables[0] is layer.codebooks and tables[1] is layer.nearest_codewords
     assert {key for key, _ in layer.named_parameters()} == set(wires[0])
 
 

@@ -68,7 +68,7 @@ def selected_books(selectors, block, row_bytes, BITS: tl.constexpr):
 
 @triton.jit
 def gathered_codewords(words, books, codebooks, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """int8 [ROWS, BLOCKS * BLOCK]; words, books: [ROWS, BLOCKS], int32 but for the words of short blocks; codebooks: int8 pointer."""
+    """int8 [ROWS, BLOCKS * BLOCK]. words, books: [ROWS, BLOCKS]; codebooks: int8 pointer."""
     shift = 4 * tl.arange(0, BLOCK)
     codes = (words.to(tl.int32)[:, :, None] >> shift[None, None, :]) & 15
     return tl.reshape(tl.load(codebooks + (books[:, :, None] * 16 + codes)), [ROWS, BLOCKS * BLOCK])
@@ -76,7 +76,7 @@ def gathered_codewords(words, books, codebooks, ROWS: tl.constexpr, BLOCKS: tl.c
 
 @triton.jit
 def permuted_codewords(words, books, codebooks, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    """The same for blocks of 8 on NVIDIA's GPUs; codebooks: int32 pointer, four numbers a book."""
+    """The same for blocks of 8 on NVIDIA's GPUs. codebooks: int32 pointer, four numbers a book."""
     quarter = tl.arange(0, 4)
     book = tl.load(codebooks + (books[:, :, None] * 4 + quarter[None, None, :]))  # 16 bytes at once
     even, odd = tl.split(tl.reshape(book, [ROWS, BLOCKS, 2, 2]))

@@ -53,7 +53,7 @@ def encode_kernel(
     x, codewords, scales, nearest, columns,
     BLOCK: tl.constexpr, ARRAY: tl.constexpr, BOOKS: tl.constexpr, LARGEST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tokens, chunks of a token. x [T, I]; codewords int8 [T, I]; scales float32 [T, I / ARRAY]; nearest int8 [steps, BOOKS]."""
+    """Grid: tokens, chunks of a token. x [T, I]; codewords int8 [T, I]; scales float32 [T, I / ARRAY]; nearest int8 [., BOOKS]."""
     BLOCKS: tl.constexpr = ARRAY // BLOCK  # of an array
     ARRAYS: tl.constexpr = CHUNK // ARRAY
     token = tl.program_id(0).to(tl.int64)
@@ -97,7 +97,8 @@ def encode_kernel(
 def lobcq_encode(x: Tensor, nearest: Tensor, block: int, array: int) -> tuple[Tensor, Tensor]:
     """Codewords int8 [T, I] and scales float32 [T, I / array] of activations [T, I] of any floating dtype, I a multiple of array.
 
-    nearest: int8 [4 largest + 1, N_c], see `nearest_codewords`. block, array: L_b and L_A. A token with NaN or Inf has scales NaN."""
+    nearest: int8 [4 largest + 1, N_c], see `nearest_codewords`. block, array: L_b and L_A. NaN or Inf in a token makes all of its
+    scales NaN."""
     tokens, columns = x.shape
     assert columns % array == 0 and nearest.is_contiguous()
     codewords = x.new_empty((tokens, columns), dtype=torch.int8)

@@ -103,7 +103,7 @@ def multiply_kernel(
         tl.store(place, total, mask=(row < rows)[:, None] & (token < tokens)[None, :])
     else:
         total = tl.zeros([ROWS, TOKENS], tl.float32)
-        for split in range(0, splits):
+        for split in range(splits):
             first = split * arrays_per_split
             total += _summed(
                 x, x_scales, weight, selectors, scales, codebooks, selector_bytes, first,
@@ -119,7 +119,7 @@ def add_splits_kernel(out, parts, global_scale, bias, tokens, rows, splits, ROWS
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     mask = (row < rows)[:, None] & (token < tokens)[None, :]
     total = tl.zeros([ROWS, TOKENS], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         place = parts + ((tl.full([], split, tl.int64) * tokens + token[None, :]) * rows + row[:, None])
         total += tl.load(place, mask=mask, other=0.0)
     _store(out, total, global_scale, bias, row, token, rows, tokens)
