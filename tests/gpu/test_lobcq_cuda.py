@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from qurl.quantization import FORMATS
 from qurl.quantization.kernels.triton import codebook_bytes, lobcq_encode, lobcq_matmul, nearest_codewords
 from qurl.quantization.kernels.triton.matmul import num_splits
+from qurl.quantization.lobcq import Codebooks, Layout
 from qurl.vllm_plugin.kernels import rows_of
 from qurl.vllm_plugin.lobcq_cuda import CudaLoBcq
 
@@ -74,6 +75,15 @@ def test_activations_get_the_reference_s_codewords_and_scales(name, dtype):
     expected = format.quantize_activations(x)
     codewords, scales = lobcq_encode(x.to(DEVICE), nearest_codewords(format.codebooks).to(DEVICE), 8, 64)
     assert torch.equal(codewords.cpu().float(), expected[0]) and torch.equal(scales.cpu(), expected[1])
+
+
+def test_the_first_of_equally_good_books_wins():
+    layout = Layout(block=2, array=32, num_codebooks=2)
+    odd_and_even = Codebooks(layout=layout, entries=(tuple(range(-15, 16, 2)), tuple(range(-16, 16, 2))))
+    x = torch.arange(-15.5, 16.5).view(1, 32)
+    x[0, 31] = 31.0  # the scale is 1
+    codewords, _ = lobcq_encode(x.to(DEVICE), nearest_codewords(odd_and_even).to(DEVICE), 2, 32)
+    assert (codewords[0, :30] % 2 == 1).all()
 
 
 @pytest.mark.parametrize("permute", [False, True])

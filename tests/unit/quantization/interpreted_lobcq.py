@@ -16,7 +16,7 @@ from qurl.quantization.kernels.triton import codebook_bytes, lobcq_encode, lobcq
 from qurl.quantization.kernels.triton.codewords import PERMUTE
 from qurl.quantization.kernels.triton.encode import _to_e4m3
 from qurl.quantization.kernels.triton.matmul import SMALLEST_ARRAY, num_splits
-from qurl.quantization.lobcq import Layout, LoBcq
+from qurl.quantization.lobcq import Codebooks, Layout, LoBcq
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy divides by 0 where a GPU does
 LAYOUTS = [*VARIANTS[1:], Layout(block=4, array=32, num_codebooks=8)]
@@ -184,6 +184,17 @@ def test_tokens_of_any_size_and_numbers_halfway_between_codewords(name):
     codewords, scales = encode(format, x)
     expected, expected_scales = format.quantize_activations(x)
     assert torch.equal(codewords.float(), expected) and torch.equal(scales, expected_scales)
+
+
+def test_the_first_of_equally_good_books_wins():
+    layout = Layout(block=2, array=32, num_codebooks=2)
+    books = (tuple(range(-15, 16, 2)), tuple(range(-16, 16, 2)))
+    format = LoBcq("odd and even", layout, Codebooks(layout=layout, entries=books))
+    x = torch.arange(-15.5, 16.5).view(1, 32)
+    x[0, 31] = 31.0  # the scale is 1
+    codewords, scales = encode(format, x)
+    assert scales.item() == 1.0 and (codewords[0, :30] % 2 == 1).all()
+    assert torch.equal(codewords, quantized(format, x)[0])
 
 
 def test_a_token_that_is_not_finite_has_no_finite_result_and_harms_no_other():

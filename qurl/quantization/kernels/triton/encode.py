@@ -87,7 +87,7 @@ def encode_kernel(
         candidate = tl.load(nearest + _half_step(number, LARGEST)[:, :, None] * BOOKS + books).to(tl.float32)
         error = candidate - number[:, :, None]
         errors += error * error
-    book = tl.argmin(errors, axis=2)  # the first of equals
+    book = tl.argmin(errors, axis=2, tie_break_left=True)
 
     step = _half_step(_in_codewords(numbers, inverse[:, None, None]), LARGEST)
     tl.store(codewords + column, tl.load(nearest + step * BOOKS + book[:, :, None]), mask=is_array[:, None, None])
