@@ -6,8 +6,8 @@
                GPU: vLLM's choice (CUTLASS first).
     fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
     fp8_block  the same.
-    lobcq      and its variants, CPU: C++ over packed weights, compiled on first use; see qurl.vllm_plugin.lobcq. Where that fails,
-               and on a GPU, as the others of 4 bits.
+    lobcq      and its variants: packed weights are multiplied, on the CPU in C++ that is compiled on first use, see
+               qurl.vllm_plugin.lobcq (where that fails, as the others of 4 bits); on a GPU in Triton.
     4 bits     everywhere: activations rounded to the format's numbers, times the decoded weight in float32.
 
 The AMX kernel scales activations by 127/amax where oneDNN multiplies by 1/(amax/127): codes differ by one where a value lies
@@ -31,6 +31,7 @@ from qurl.quantization import FORMATS
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.grouped import GroupedFormat
 from qurl.quantization.kernels.cpu.library import KernelsUnavailable
+from qurl.quantization.lobcq import LoBcq
 from qurl.vllm_plugin import compat
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,11 @@ def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> 
     """The kernel for a layer of this format. Raises ValueError where the device has none for it."""
     kernel: LinearKernel
     reason = ""
-    if isinstance(format, GroupedFormat):
+    if isinstance(format, LoBcq) and shape.device.type == "cuda":
+        from qurl.vllm_plugin.lobcq_cuda import CudaLoBcq
+
+        kernel = CudaLoBcq(format)
+    elif isinstance(format, GroupedFormat):
         kernel, reason = _grouped_kernel(format, shape)
     elif shape.device.type == "cuda":
         from qurl.vllm_plugin.cuda import select_cuda_kernel

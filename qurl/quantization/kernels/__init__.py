@@ -1,1 +1,1 @@
-"""Loops that torch has not: compiled code behind the arithmetic of the formats."""
+"""Fast arithmetic of formats, one package per kind of device; nothing imports them but what chooses a kernel for a layer."""
