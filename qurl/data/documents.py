@@ -1,4 +1,4 @@
-"""Plain text to train a language model on or to measure its perplexity with: whole documents, no prompts and no answers to check."""
+"""Plain text to train a language model on or to measure its perplexity with: whole documents, no prompts, no answers to check."""
 
 from __future__ import annotations
 

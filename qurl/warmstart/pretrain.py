@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,11 @@ class PretrainConfig:
         """num_tokens over the tokens of a step, rounded up."""
         return -(-self.num_tokens // (self.row_tokens * self.batch_rows))
 
+    @property
+    def num_constant_steps(self) -> int:
+        """Steps before the learning rate decays; until then runs of any length are the same run."""
+        return int((1 - DECAY) * self.num_steps)
+
 
 def pretrain(
     model: PreTrainedModel,
@@ -48,9 +53,10 @@ def pretrain(
     """Trains `model` in place, in its own dtype; returns the mean loss of the last 50 steps, nats per token.
 
     documents: token ids, end token included. state_file: where the state is kept; a later call with the same arguments goes on
-    from there and reaches the same weights. progress: called with the number of steps done and the loss of the last one.
-    AdamW, a short warm-up, a constant learning rate and a linear decay at the end. Raises ValueError where there is less text
-    than a step takes or the state is of other settings, RuntimeError for a non-finite loss."""
+    from there and reaches the same weights, and so does one with another num_tokens before the learning rate decays. progress:
+    called with the number of steps done and the loss of the last one. AdamW, a short warm-up, a constant learning rate and a
+    linear decay at the end. Raises ValueError where there is less text than a step takes or the state is of other settings,
+    RuntimeError for a non-finite loss."""
     optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
     losses: list[float] = _restore(state_file, config, model, optimizer)
     rows = _Rows(documents, config)
@@ -110,7 +116,9 @@ def _schedule(step: int, num_steps: int) -> float:
     return min((step + 1) / WARM_UP, 1.0, (num_steps - step) / max(1.0, DECAY * num_steps))
 
 
-def _save(path: Path, config: PretrainConfig, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+def _save(
+    path: Path, config: PretrainConfig, model: PreTrainedModel, optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
     partial = path.with_suffix(".partial")
     state = {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
     torch.save(state, partial)
@@ -122,8 +130,14 @@ def _restore(path: Path, config: PretrainConfig, model: PreTrainedModel, optimiz
     if not path.is_file():
         return []
     state = torch.load(path, weights_only=True)
-    if state["config"] != asdict(config):
+    previous = PretrainConfig(**state["config"])
+    is_longer_or_shorter = replace(previous, num_tokens=config.num_tokens) == config
+    if previous != config and not (is_longer_or_shorter and len(state["losses"]) <= _common_steps(previous, config)):
         raise ValueError(f"{path} is the state of another pretraining, {state['config']}; delete it or use those settings")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["losses"]
+
+
+def _common_steps(a: PretrainConfig, b: PretrainConfig) -> int:
+    return min(a.num_constant_steps, b.num_constant_steps)

@@ -61,8 +61,9 @@ def prepare(folder: Path, sources: list[str], seed: int, force: bool, settings: 
         tokenizer = train_tokenizer(train, settings.vocab_size)
         tokens = [[*tokenizer.encode(document), tokenizer.eos_token_id] for document in train]
         config = model_config(
-            tokenizer, architecture="qwen3", hidden_size=settings.hidden_size, num_layers=settings.num_layers, tie_word_embeddings=True
-        )
+            tokenizer, architecture="qwen3", hidden_size=settings.hidden_size, num_layers=settings.num_layers,
+            tie_word_embeddings=True,
+        )  # fmt: skip
         model = new_model(config, seed)
         print(f"{len(train):,} documents, {sum(map(len, tokens)):,} tokens; {len(held_out):,} documents held out; "
               f"{model.num_parameters():,} parameters", flush=True)  # fmt: skip
@@ -94,7 +95,8 @@ class _Reporter(Progress):
     def __call__(self, step: int, loss: float) -> None:
         self.update(self.task, completed=step, description=f"pretraining, loss {loss:.3f}")
         if self.disable and (step % max(1, self.num_steps // NUM_LOG_LINES) == 0 or step == self.num_steps):
-            print(f"step {step}/{self.num_steps} loss {loss:.3f} {time.monotonic() - self.started:.0f} s", file=sys.stderr, flush=True)
+            seconds = time.monotonic() - self.started
+            print(f"step {step}/{self.num_steps} loss {loss:.3f} {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
