@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qurl.ptq.evaluation import Text, load_float32, quantized_in_memory
 from qurl.ptq.perplexity import DocumentLoss, decoded_activations
-from qurl.ptq.statistics import increase, perplexity, ratio_of_increases
+from qurl.ptq.statistics import divergence, increase, perplexity, ratio
 from qurl.quantization import FORMATS, QuantizationFormat, select_targets
 from qurl.quantization.error_report import copy_error
 
@@ -48,8 +48,11 @@ class PerplexityRow:
     perplexity: float
     increase: float  # over full precision
     standard_error: float  # of the increase, over documents
-    relative: float  # increase over that of the format that rows are compared with; nan where there is none
-    relative_error: float  # its standard error
+    divergence: float  # KL(full precision || format) of the next token, nats
+    increase_ratio: float  # increase over that of the format that rows are compared with; nan where there is none
+    increase_ratio_error: float  # its standard error
+    divergence_ratio: float
+    divergence_ratio_error: float
 
 
 def run_perplexity_bench(
@@ -79,9 +82,8 @@ def run_perplexity_bench(
     inputs = _inputs(full_precision, text, targets)
     for name in formats:
         quantization = FORMATS[name]
-        replace = quantized_in_memory(
-            quantization, [] if name == BASELINE else targets, weights=operands is not Operands.activations,
-            activations=operands is not Operands.weights,
+        replace = None if name == BASELINE else quantized_in_memory(
+            quantization, targets, weights=operands is not Operands.activations, activations=operands is not Operands.weights
         )  # fmt: skip
         question = {"format": name, "codebooks": quantization.codebooks_sha256, "ignore": list(ignore), "operands": operands.value}
         path = out / operands.value / f"{name}.jsonl"
@@ -155,8 +157,9 @@ def _mean(values: Iterator[float]) -> float:
 
 
 def _row(name: str, errors: _Errors, losses: dict[str, list[DocumentLoss]], relative_to: str | None) -> PerplexityRow:
-    change = increase(losses[name], losses[BASELINE])
-    relative = ratio_of_increases(change, increase(losses[relative_to], losses[BASELINE])) if relative_to else None
+    change, kl = increase(losses[name], losses[BASELINE]), divergence(losses[name])
+    other = losses[relative_to or BASELINE]
+    ratios = ratio(change, increase(other, losses[BASELINE])), ratio(kl, divergence(other))
     return PerplexityRow(
         format=name,
         bits_per_weight=errors.bits_per_weight,
@@ -165,6 +168,9 @@ def _row(name: str, errors: _Errors, losses: dict[str, list[DocumentLoss]], rela
         perplexity=perplexity(losses[name]).value,
         increase=change.value,
         standard_error=change.standard_error,
-        relative=relative.value if relative else float("nan"),
-        relative_error=relative.standard_error if relative else float("nan"),
+        divergence=kl.value,
+        increase_ratio=ratios[0].value,
+        increase_ratio_error=ratios[0].standard_error,
+        divergence_ratio=ratios[1].value,
+        divergence_ratio_error=ratios[1].standard_error,
     )

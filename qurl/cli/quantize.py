@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from qurl.ptq import QuantizeReport, QuantizeSettings
+    from qurl.ptq.evaluation import Text
 
 WORST = 10  # matrices in the table
 
@@ -46,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a source that cannot be quantized, or an output that is something else."""
     from qurl.cli.text_options import check_text_options
     from qurl.ptq import QuantizeSettings, quantize_folder
+    from qurl.ptq.evaluation import Text
     from qurl.quantization import FORMATS
 
     formats = [name for name in FORMATS if name != "none"]
@@ -54,18 +56,19 @@ def main(args: argparse.Namespace) -> int:
     check_text_options(args)
     settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore))
     with _source(args.source, args.out) as source:
+        text = Text(source, args.text, args.max_documents, args.context) if args.text else None
         with _bar("tensors") as (bar, task):
             report = quantize_folder(source, args.out, settings, lambda done, total: bar.update(task, completed=done, total=total))
         _print_errors(report)
-        if args.text:
-            _measure(args, source, settings, report)
+        if text is not None:
+            _measure(text, args.out, settings, report)
     print(args.out)
     return 0
 
 
 @contextmanager
 def _source(source: Path, out: Path) -> Iterator[Path]:
-    """The Hugging Face folder; of a run, its checkpoint, exported beside OUT and kept until OUT is complete."""
+    """The Hugging Face folder; of a run, its checkpoint, exported beside OUT and kept where the process is interrupted."""
     if not (source / "config.yaml").is_file():
         yield source
         return
@@ -77,37 +80,41 @@ def _source(source: Path, out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         asyncio.run(export_run(source, partial))
         partial.replace(exported)
-    yield exported
+    try:
+        yield exported
+    except ValueError:
+        shutil.rmtree(exported)
+        raise
     shutil.rmtree(exported)
 
 
-def _measure(args: argparse.Namespace, source: Path, settings: QuantizeSettings, report: QuantizeReport) -> None:
+def _measure(text: Text, out: Path, settings: QuantizeSettings, report: QuantizeReport) -> None:
     """Perplexity before and after, into the table and report.json."""
-    from qurl.ptq import increase, perplexity
+    from qurl.ptq import divergence, increase, perplexity
     from qurl.ptq.checkpoint import REPORT
-    from qurl.ptq.evaluation import Text, quantized_on_disk
+    from qurl.ptq.evaluation import quantized_on_disk
 
-    text = Text(source, args.text, args.max_documents, args.context)
     replacements: dict[str, Any] = {
-        "none": lambda model: None,
-        settings.format: quantized_on_disk(args.out, settings.quantization, [matrix.module for matrix in report.matrices]),
+        "none": None,
+        settings.format: quantized_on_disk(out, settings.quantization, [matrix.module for matrix in report.matrices]),
     }
     losses = {}
     for name, replace in replacements.items():
         with _bar(f"documents, {name}", total=len(text.documents)) as (bar, task):
             question = {"format": name, "settings": report.settings} if name != "none" else {"format": name}
             losses[name] = text.losses(
-                args.out / "perplexity" / f"{name}.jsonl", question, replace, lambda done: bar.update(task, completed=done)
+                out / "perplexity" / f"{name}.jsonl", question, replace, lambda done: bar.update(task, completed=done)
             )
     before, after = (perplexity(found) for found in losses.values())
     change = increase(losses[settings.format], losses["none"])
     print(f"perplexity {before.value:.4f} -> {after.value:.4f}, increase {change:.4f} (standard error over documents); "
           f"{len(text.documents)} documents, {text.num_tokens} predicted tokens")  # fmt: skip
     found = {
-        "text": args.text, "documents": len(text.documents), "tokens": text.num_tokens, "context": args.context,
+        "text": text.sources, "documents": len(text.documents), "tokens": text.num_tokens, "context": text.context,
         "before": before.value, "after": after.value, "increase": change.value, "increase_standard_error": change.standard_error,
+        "divergence": divergence(losses[settings.format]).value,
     }  # fmt: skip
-    (args.out / REPORT).write_text(json.dumps({**asdict(report), "perplexity": found}, indent=1) + "\n")
+    (out / REPORT).write_text(json.dumps({**asdict(report), "perplexity": found}, indent=1) + "\n")
 
 
 def _print_errors(report: QuantizeReport) -> None:

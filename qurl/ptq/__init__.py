@@ -3,9 +3,9 @@ perplexity by the reference arithmetic of a format."""
 
 from qurl.ptq.checkpoint import QuantizeReport, QuantizeSettings, quantize_folder
 from qurl.ptq.perplexity import DocumentLoss, document_losses, encode_documents, replace_linears
-from qurl.ptq.statistics import Estimate, increase, perplexity, ratio_of_increases
+from qurl.ptq.statistics import Estimate, divergence, increase, perplexity, ratio
 
 __all__ = [
-    "DocumentLoss", "Estimate", "QuantizeReport", "QuantizeSettings", "document_losses", "encode_documents", "increase",
-    "perplexity", "quantize_folder", "ratio_of_increases", "replace_linears",
+    "DocumentLoss", "Estimate", "QuantizeReport", "QuantizeSettings", "divergence", "document_losses", "encode_documents",
+    "increase", "perplexity", "quantize_folder", "ratio", "replace_linears",
 ]

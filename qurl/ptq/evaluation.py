@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ class Text:
         except (OSError, ValueError) as error:
             raise ValueError(f"{model} has no tokenizer that transformers can load: {error}") from error
         self.model = model
+        self.sources = list(sources)
         self.context = context
         self.documents = encode_documents(documents, tokenizer, context)
 
@@ -45,16 +47,20 @@ class Text:
         return sum(len(window) - 1 for document in self.documents for window in document)
 
     def losses(
-        self, path: Path, question: Mapping[str, Any], replace: Replace, progress: Callable[[int], None] = lambda done: None
+        self, path: Path, question: Mapping[str, Any], replace: Replace | None, progress: Callable[[int], None] = lambda done: None
     ) -> list[DocumentLoss]:
-        """Of each document under the model after `replace`, kept in the file `path`; question: what `replace` does."""
+        """Of each document under the model after `replace`, kept in the file `path`; question: what `replace` does.
+
+        Without one, of the model in full precision."""
         digest = hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
         question = {**question, "documents": digest, "model": folder_digest(self.model)}
 
         def measure(skip: int) -> Iterator[DocumentLoss]:
-            model = load_float32(self.model)
-            replace(model)
-            return document_losses(model, self.documents[skip:], lambda done: progress(skip + done))
+            full_precision = load_float32(self.model)
+            model = full_precision if replace is None else copy.deepcopy(full_precision)
+            if replace is not None:
+                replace(model)
+            return document_losses(model, full_precision, self.documents[skip:], lambda done: progress(skip + done))
 
         found = journaled_losses(path, question, len(self.documents), measure)
         progress(len(found))

@@ -1,5 +1,8 @@
 """The loss of a model on documents, with the reference arithmetic of a format in its linear layers.
 
+Quantization moves each token's loss up or down, mostly at random, and the loss itself only by what does not cancel. The divergence
+from full precision, which is that loss for text that the full-precision model itself would write, has no such noise.
+
 The model runs in transformers, in float32; a quantized layer multiplies what the wire tensors stand for with activations rounded by
 the format's rule. An engine differs from that in the dtype of everything else and in the order of sums."""
 
@@ -27,6 +30,7 @@ class DocumentLoss:
 
     loss: float  # nats, summed over its predicted tokens
     num_tokens: int  # predicted: all but the first of each window
+    divergence: float  # nats, KL(full precision || this model) of the next token, summed over the same places
 
 
 def replace_linears(
@@ -62,15 +66,18 @@ def encode_documents(documents: Sequence[str], tokenizer: Any, context: int) -> 
 
 @torch.no_grad()
 def document_losses(
-    model: Any, documents: Sequence[Sequence[list[int]]], progress: Callable[[int], None] = lambda done: None
+    model: Any, full_precision: Any, documents: Sequence[Sequence[list[int]]], progress: Callable[[int], None] = lambda done: None
 ) -> Iterator[DocumentLoss]:
     """The loss of each document, in order, some documents at a time; documents: as encode_documents gives them."""
     done = 0
     for batch in _batches(documents):
         windows = [window for document in batch for window in document]
-        losses = iter(_window_losses(model, windows))
+        found = iter(_window_losses(model, full_precision, windows))
         for document in batch:
-            yield DocumentLoss(loss=sum(next(losses) for _ in document), num_tokens=sum(len(window) - 1 for window in document))
+            losses, divergences = zip(*(next(found) for _ in document), strict=True)
+            yield DocumentLoss(
+                loss=sum(losses), num_tokens=sum(len(window) - 1 for window in document), divergence=sum(divergences)
+            )
         done += len(batch)
         progress(done)
 
@@ -105,9 +112,16 @@ def _batches(documents: Sequence[Sequence[list[int]]]) -> Iterator[list[Sequence
         yield batch
 
 
-def _window_losses(model: Any, windows: Sequence[list[int]]) -> list[float]:
-    """Nats, summed over all tokens but the first of each window. Padding stands behind, where causal attention does not look."""
+def _window_losses(model: Any, full_precision: Any, windows: Sequence[list[int]]) -> list[tuple[float, float]]:
+    """Nats and divergence, summed over all tokens but the first of each window. Padding stands behind, where causal attention does
+    not look."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(window) for window in windows], batch_first=True).to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double()
-    return [float(row[: len(window) - 1].sum()) for row, window in zip(losses, windows, strict=True)]
+    logprobs = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    losses = -logprobs.gather(2, ids[:, 1:, None])[..., 0].double()
+    if full_precision is model:
+        divergences = torch.zeros_like(losses)
+    else:
+        exact = full_precision(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        divergences = functional.kl_div(logprobs, exact, reduction="none", log_target=True).sum(-1).double()
+    counts = [len(window) - 1 for window in windows]
+    return [(float(a[:n].sum()), float(b[:n].sum())) for a, b, n in zip(losses, divergences, counts, strict=True)]

@@ -41,11 +41,20 @@ def increase(losses: Sequence[DocumentLoss], baseline: Sequence[DocumentLoss]) -
     return _estimate(ours.value - theirs.value, [a - b for a, b in zip(ours.influences, theirs.influences, strict=True)])
 
 
-def ratio_of_increases(numerator: Estimate, denominator: Estimate) -> Estimate:
-    """Of two `increase`s over the same documents."""
-    ratio = numerator.value / denominator.value if denominator.value else math.nan
+def divergence(losses: Sequence[DocumentLoss]) -> Estimate:
+    """Nats per token from full precision."""
+    tokens = sum(document.num_tokens for document in losses)
+    mean = sum(document.divergence for document in losses) / tokens
+    return _estimate(mean, [(document.divergence - mean * document.num_tokens) / tokens for document in losses])
+
+
+def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
+    """Of two `increase`s or two `divergence`s over the same documents."""
+    if not denominator.value:
+        return Estimate(value=math.nan, standard_error=math.nan, influences=(math.nan,) * len(denominator.influences))
+    value = numerator.value / denominator.value
     pairs = zip(numerator.influences, denominator.influences, strict=True)
-    return _estimate(ratio, [(a - ratio * b) / denominator.value if denominator.value else math.nan for a, b in pairs])
+    return _estimate(value, [(a - value * b) / denominator.value for a, b in pairs])
 
 
 def _estimate(value: float, influences: list[float]) -> Estimate:

@@ -29,20 +29,24 @@ NUM_LOG_LINES = 40  # of progress, where standard error is no terminal
 class Settings:
     """What decides the outcome, besides the seed and the text."""
 
-    num_tokens: int = 2_000_000
+    num_tokens: int = 513_000
     vocab_size: int = 2048
     hidden_size: int = 256  # a multiple of 128, as every format can take
     num_layers: int = 6
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """The documents to train on and those held out."""
+    """The documents to train on, in stored order, and those held out, by hash: the first ones are a mixture of all sources."""
     train, held_out = [], []
     for document in documents:
-        problem = " ".join(document.partition("\n")[0].split())
-        digest = hashlib.sha256(problem.encode()).digest()
-        (train if int.from_bytes(digest) % HELD_OUT else held_out).append(document)
-    return train, held_out
+        (train if _digest(document) % HELD_OUT else held_out).append(document)
+    return train, sorted(held_out, key=_digest)
+
+
+def _digest(document: str) -> int:
+    """Of the problem, which is the first line."""
+    problem = " ".join(document.partition("\n")[0].split())
+    return int.from_bytes(hashlib.sha256(problem.encode()).digest())
 
 
 def prepare(folder: Path, sources: list[str], seed: int, force: bool, settings: Settings) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from qurl.ptq import DocumentLoss, document_losses, encode_documents, increase, perplexity, ratio_of_increases, replace_linears
+from qurl.ptq import DocumentLoss, document_losses, encode_documents, increase, perplexity, ratio, replace_linears
 from qurl.ptq.journal import journaled_losses
 from qurl.ptq.perplexity import decoded_activations
 from qurl.quantization import FORMATS
@@ -48,13 +48,21 @@ def test_documents_are_cut_into_windows_and_end_with_the_end_token():
 
 def test_losses_equal_those_of_one_window_after_the_other(model):
     documents = random_documents()
-    found = list(document_losses(model, documents))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.1)
+        other.lm_head.weight.mul_(1.5)
+    found = list(document_losses(other, model, documents))
     for document, loss in zip(documents, found, strict=True):
-        expected = 0.0
+        expected, divergence = 0.0, 0.0
         for window in document:
-            logprobs = model(torch.tensor([window])).logits[0].double().log_softmax(-1)
-            expected -= sum(float(logprobs.detach()[i, window[i + 1]]) for i in range(len(window) - 1))
+            exact, logprobs = (
+                each(torch.tensor([window])).logits[0].detach().double().log_softmax(-1)[:-1] for each in (model, other)
+            )
+            expected -= sum(float(logprobs[i, window[i + 1]]) for i in range(len(window) - 1))
+            divergence += float((exact.exp() * (exact - logprobs)).sum())
         assert loss.loss == pytest.approx(expected, rel=1e-5)  # float32 products of other shapes
+        assert loss.divergence == pytest.approx(divergence, rel=1e-3)
         assert loss.num_tokens == sum(len(window) - 1 for window in document)
 
 
@@ -100,7 +108,7 @@ def test_standard_errors_agree_with_the_jackknife():
         samples.append((tokens, tokens * hardness, tokens * (hardness + 0.05 + noise[0]), tokens * (hardness + 0.1 + noise[1])))
 
     def losses(rows, column):
-        return [DocumentLoss(loss=row[column], num_tokens=row[0]) for row in rows]
+        return [DocumentLoss(loss=row[column], num_tokens=row[0], divergence=0.0) for row in rows]
 
     def ppl(rows, column):
         return math.exp(sum(row[column] for row in rows) / sum(row[0] for row in rows))
@@ -109,7 +117,7 @@ def test_standard_errors_agree_with_the_jackknife():
     cases = [
         (perplexity(base), lambda rows: ppl(rows, 1)),
         (increase(small, base), lambda rows: ppl(rows, 2) - ppl(rows, 1)),
-        (ratio_of_increases(increase(small, base), increase(large, base)),
+        (ratio(increase(small, base), increase(large, base)),
          lambda rows: (ppl(rows, 2) - ppl(rows, 1)) / (ppl(rows, 3) - ppl(rows, 1))),
     ]  # fmt: skip
     for estimate, statistic in cases:
@@ -124,7 +132,7 @@ def test_a_journal_goes_on_where_it_was_cut_and_forgets_another_question(tmp_pat
     def measure(skip):
         asked.append(skip)
         for i in range(skip, 5):
-            yield DocumentLoss(loss=float(i), num_tokens=i + 1)
+            yield DocumentLoss(loss=float(i), num_tokens=i + 1, divergence=0.0)
 
     whole = journaled_losses(path, {"format": "int8"}, 5, measure)
     assert journaled_losses(path, {"format": "int8"}, 5, measure) == whole and asked == [0]
