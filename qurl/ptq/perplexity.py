@@ -44,13 +44,14 @@ def replace_linears(
     """Let the modules named by `wires` answer with the format's arithmetic; wires: module -> wire tensors.
 
     weights, activations: what is quantized; one of them alone tells where an error comes from."""
+    rounded = _Rounded(quantization)
     for name, wire in wires.items():
         module: Any = model.get_submodule(name)
-        if weights and activations:
-            module.forward = _forward(quantization, wire, module.bias)
+        if weights and activations and not isinstance(quantization, GroupedFormat):
+            module.forward = partial(quantization.linear, wire=wire, bias=module.bias)
             continue
-        weight = quantization.decode(wire).to(module.weight.device) if weights else module.weight.detach().float()
-        module.forward = partial(_half_quantized, quantization if activations else None, weight, module.bias)
+        weight = quantization.decode(wire) if weights else module.weight.detach().float()
+        module.forward = partial(_decoded_linear, rounded if activations else None, weight, module.bias)
 
 
 def encode_documents(documents: Sequence[str], tokenizer: Any, context: int) -> list[list[list[int]]]:
@@ -82,14 +83,22 @@ def document_losses(
         progress(done)
 
 
-def _forward(quantization: QuantizationFormat, wire: Mapping[str, Tensor], bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    if isinstance(quantization, GroupedFormat):  # the same numbers, decoded once
-        return partial(quantization.linear_decoded, weight=quantization.decode(wire), bias=bias)
-    return partial(quantization.linear, wire=wire, bias=bias)
+class _Rounded:
+    """Activations as a format rounds them; layers that share an input, as queries, keys and values do, round it once."""
+
+    def __init__(self, quantization: QuantizationFormat) -> None:
+        self.quantization = quantization
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.last is None or self.last[0] is not x:
+            self.last = x, decoded_activations(self.quantization, x)
+        return self.last[1]
 
 
-def _half_quantized(quantization: QuantizationFormat | None, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return functional.linear(x if quantization is None else decoded_activations(quantization, x), weight, bias)
+def _decoded_linear(rounded: _Rounded | None, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """What a GroupedFormat computes, with one of the two operands left as it is or neither."""
+    return functional.linear(x.float() if rounded is None else rounded(x), weight, bias)
 
 
 def decoded_activations(quantization: QuantizationFormat, x: Tensor) -> Tensor:

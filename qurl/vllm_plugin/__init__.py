@@ -68,10 +68,10 @@ def check_encoding(config: Mapping[str, Any]) -> None:
     from qurl.quantization import FORMATS
 
     expected = _encoding(FORMATS[config["format"]])
-    for key in ("version", "codebooks"):
+    for key, words in (("version", "another version"), ("codebooks", "other codebooks")):
         if config.get(key) != expected.get(key):
             raise ValueError(
-                f"quantization_config.{key}={config.get(key)!r}: the checkpoint was encoded with another {key} than this qurl "
+                f"quantization_config.{key}={config.get(key)!r}: the checkpoint was encoded with {words} than this qurl "
                 f"reads, {expected.get(key)!r}; quantize the model again with `qurl quantize`, or install the qurl that wrote it"
             )
 

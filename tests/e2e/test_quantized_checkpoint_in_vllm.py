@@ -100,5 +100,5 @@ def test_a_checkpoint_of_another_encoding_is_refused_before_its_weights_are_read
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     for file in (tmp_path / "out").glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(ValueError, match=f"quantization_config.{key}=.* encoded with another {key}"), engine(tmp_path / "out"):
+    with pytest.raises(ValueError, match=rf"quantization_config\.{key}=.* encoded with \w+ {key}"), engine(tmp_path / "out"):
         pass
