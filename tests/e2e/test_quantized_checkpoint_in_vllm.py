@@ -88,7 +88,7 @@ def test_a_checkpoint_is_served_as_the_engine_that_encodes_while_it_loads_and_as
         assert torch.equal(found, prompt_logprobs(encoding))
     gap, effect = (found - expected).abs(), (expected - full_precision).abs()
     print(name, "gap", float(gap.mean()), float(gap.max()), "effect", float(effect.mean()))
-    # 1e-6 where nothing rounds the other way; a number next to a boundary may, and one E4M3 step of one activation is 2 % of the effect
+    # 1e-6 where nothing rounds the other way; a number next to a boundary may: one step of E4M3 makes 2 % of the effect
     assert float(gap.mean()) < 0.15 * float(effect.mean())
 
 
