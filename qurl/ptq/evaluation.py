@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -52,8 +51,7 @@ class Text:
         """Of each document under the model after `replace`, kept in the file `path`; question: what `replace` does.
 
         Without one, of the model in full precision."""
-        digest = hashlib.sha256(json.dumps(self.documents).encode()).hexdigest()
-        question = {**question, "documents": digest, "model": folder_digest(self.model)}
+        question = {**question, "model": folder_digest(self.model)}
 
         def measure(skip: int) -> Iterator[DocumentLoss]:
             full_precision = load_float32(self.model)
@@ -62,7 +60,7 @@ class Text:
                 replace(model)
             return document_losses(model, full_precision, self.documents[skip:], lambda done: progress(skip + done))
 
-        found = journaled_losses(path, question, len(self.documents), measure)
+        found = journaled_losses(path, question, self.documents, measure)
         progress(len(found))
         return found
 

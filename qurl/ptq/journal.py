@@ -1,49 +1,50 @@
-"""Losses of documents on disk, so that a measurement that is killed goes on where it was.
+"""Losses of documents on disk, so that a measurement that is killed goes on where it was, and a longer one after a shorter one.
 
-A file holds what was asked for in its first line and one document per line behind it. A process that is killed while it writes
-leaves half a line, which is cut off; a file of another question is begun anew."""
+A file holds what was asked for in its first line and one document per line behind it, named by a hash of its tokens. A process that
+is killed while it writes leaves half a line, which is cut off; a file of another question is begun anew."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from qurl.ptq.perplexity import DocumentLoss
 
+Document = Sequence[list[int]]
+
 
 def journaled_losses(
-    path: Path, question: Mapping[str, Any], num_documents: int, measure: Callable[[int], Iterator[DocumentLoss]]
+    path: Path, question: Mapping[str, Any], documents: Sequence[Document], measure: Callable[[int], Iterator[DocumentLoss]]
 ) -> list[DocumentLoss]:
-    """The losses of `num_documents` documents: those in `path`, then those of measure(number of documents to skip), which is not
-    called where none is missing. question: what decides the losses, JSON only."""
-    question = json.loads(json.dumps(question))
-    done = _read(path, question)
-    if len(done) < num_documents:
+    """The losses of `documents`: those in `path`, then those of measure(number of documents to skip), which is not called where
+    none is missing. question: what decides the losses besides the documents, JSON only."""
+    head = json.dumps(question)
+    names = [hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16] for document in documents]
+    found = _read(path, head)
+    done = [entry for _, entry in takewhile(lambda pair: pair[0] == pair[1]["document"], zip(names, found, strict=False))]
+    losses = [DocumentLoss(**{key: value for key, value in entry.items() if key != "document"}) for entry in done]
+    if len(losses) < len(documents):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _rewrite(path, question, done)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(f"{line}\n" for line in (head, *map(json.dumps, done))))
+        partial.replace(path)
         with path.open("a") as file:
-            for loss in measure(len(done)):
-                file.write(json.dumps(asdict(loss)) + "\n")
+            for loss in measure(len(losses)):
+                file.write(json.dumps({"document": names[len(losses)], **asdict(loss)}) + "\n")
                 file.flush()
-                done.append(loss)
-    assert len(done) == num_documents
-    return done
+                losses.append(loss)
+    assert len(losses) == len(documents)
+    return losses
 
 
-def _read(path: Path, question: Mapping[str, Any]) -> list[DocumentLoss]:
+def _read(path: Path, head: str) -> list[dict[str, Any]]:
     """Whole lines of the same question."""
     if not path.is_file():
         return []
-    head, *lines = path.read_text().split("\n")[:-1] or [""]
-    if head != json.dumps(question):
-        return []
-    return [DocumentLoss(**json.loads(line)) for line in lines]
-
-
-def _rewrite(path: Path, question: Mapping[str, Any], done: Sequence[DocumentLoss]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(f"{json.dumps(line)}\n" for line in (question, *map(asdict, done))))
-    partial.replace(path)
+    found, *lines = path.read_text().split("\n")[:-1] or [""]
+    return [json.loads(line) for line in lines] if found == head else []

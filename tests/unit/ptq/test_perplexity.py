@@ -129,15 +129,18 @@ def test_standard_errors_agree_with_the_jackknife():
 def test_a_journal_goes_on_where_it_was_cut_and_forgets_another_question(tmp_path):
     path, asked = tmp_path / "a" / "int8.jsonl", []
 
-    def measure(skip):
-        asked.append(skip)
-        for i in range(skip, 5):
-            yield DocumentLoss(loss=float(i), num_tokens=i + 1, divergence=0.0)
+    def ask(format, numbers):
+        def measure(skip):
+            asked.append(skip)
+            return (DocumentLoss(loss=float(i), num_tokens=i + 1, divergence=0.0) for i in numbers[skip:])
 
-    whole = journaled_losses(path, {"format": "int8"}, 5, measure)
-    assert journaled_losses(path, {"format": "int8"}, 5, measure) == whole and asked == [0]
+        return [loss.loss for loss in journaled_losses(path, {"format": format}, [[[i, 0]] for i in numbers], measure)]
+
+    assert ask("int8", [0, 1, 2, 3, 4]) == ask("int8", [0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4] and asked == [0]
     text = path.read_text()
-    path.write_text(text[: text.index('{"loss": 3') + 8])  # killed in the middle of a line
-    assert journaled_losses(path, {"format": "int8"}, 5, measure) == whole and asked == [0, 3]
-    assert path.read_text() == text
-    assert journaled_losses(path, {"format": "fp8"}, 5, measure) == whole and asked == [0, 3, 0]
+    path.write_text(text[: text.index('"loss": 3') + 8])  # killed in the middle of a line
+    assert ask("int8", [0, 1, 2, 3, 4]) == [0, 1, 2, 3, 4] and asked == [0, 3] and path.read_text() == text
+    assert ask("int8", [0, 1, 2]) == [0, 1, 2] and asked == [0, 3] and path.read_text() == text
+    assert ask("int8", [0, 1, 2, 3, 4, 5]) == [0, 1, 2, 3, 4, 5] and asked == [0, 3, 5]  # more documents than before
+    assert ask("int8", [0, 1, 7]) == [0, 1, 7] and asked == [0, 3, 5, 2]  # another document
+    assert ask("fp8", [0, 1, 7]) == [0, 1, 7] and asked == [0, 3, 5, 2, 0]
