@@ -38,6 +38,14 @@ class Operands(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ratio:
+    """Of two formats."""
+
+    value: float
+    standard_error: float  # over documents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PerplexityRow:
     """One format."""
 
@@ -49,10 +57,8 @@ class PerplexityRow:
     increase: float  # over full precision
     standard_error: float  # of the increase, over documents
     divergence: float  # KL(full precision || format) of the next token, nats
-    increase_ratio: float  # increase over that of the format that rows are compared with; nan where there is none
-    increase_ratio_error: float  # its standard error
-    divergence_ratio: float
-    divergence_ratio_error: float
+    increase_ratio: Ratio | None  # to that of the format that rows are compared with; None where there is none
+    divergence_ratio: Ratio | None
 
 
 def run_perplexity_bench(
@@ -66,7 +72,7 @@ def run_perplexity_bench(
     ignore: Sequence[str] = (),
     progress: Progress = lambda format, done, total: None,
 ) -> list[PerplexityRow]:
-    """A row per format, full precision first whether named or not; out: the folder of losses and of table.json.
+    """A row per format, full precision first whether named or not; out: the folder of losses, and of the rows as JSON.
 
     ignore: as quantization.ignore. relative_to: one of the formats. Raises ValueError for a format that does not exist or does not
     fit the model."""
@@ -102,8 +108,8 @@ def _report(progress: Progress, name: str, total: int, done: int) -> None:
 def _check(formats: Sequence[str], relative_to: str | None) -> None:
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(f"--formats {unknown[0]} is unknown; use some of {', '.join(FORMATS)}")
-    if relative_to is not None and relative_to not in formats:
-        raise ValueError(f"--relative-to {relative_to} is not measured; use one of {', '.join(formats)}")
+    if relative_to is not None and relative_to not in formats[1:]:
+        raise ValueError(f"--relative-to {relative_to}: there is no increase to compare with; use one of {', '.join(formats[1:])}")
 
 
 def _check_columns(quantization: QuantizationFormat, module: str, columns: int) -> None:
@@ -158,8 +164,11 @@ def _mean(values: Iterator[float]) -> float:
 
 def _row(name: str, errors: _Errors, losses: dict[str, list[DocumentLoss]], relative_to: str | None) -> PerplexityRow:
     change, kl = increase(losses[name], losses[BASELINE]), divergence(losses[name])
-    other = losses[relative_to or BASELINE]
-    ratios = ratio(change, increase(other, losses[BASELINE])), ratio(kl, divergence(other))
+    ratios: list[Ratio | None] = [None, None]
+    if relative_to is not None:
+        other = losses[relative_to]
+        found = ratio(change, increase(other, losses[BASELINE])), ratio(kl, divergence(other))
+        ratios = [Ratio(value=estimate.value, standard_error=estimate.standard_error) for estimate in found]
     return PerplexityRow(
         format=name,
         bits_per_weight=errors.bits_per_weight,
@@ -169,8 +178,6 @@ def _row(name: str, errors: _Errors, losses: dict[str, list[DocumentLoss]], rela
         increase=change.value,
         standard_error=change.standard_error,
         divergence=kl.value,
-        increase_ratio=ratios[0].value,
-        increase_ratio_error=ratios[0].standard_error,
-        divergence_ratio=ratios[1].value,
-        divergence_ratio_error=ratios[1].standard_error,
+        increase_ratio=ratios[0],
+        divergence_ratio=ratios[1],
     )

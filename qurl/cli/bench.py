@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qurl.errors import ConfigError
+from qurl.cli import perplexity_table
 
 WIDTH = 160
 
@@ -28,30 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
     sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
     perplexity = benchmarks.add_parser("perplexity", help="what formats do to the perplexity of a model on held-out text")
-    _add_perplexity_options(perplexity)
+    perplexity_table.add_arguments(perplexity)
     for command in (rollout, sync):
         command.add_argument("--formats", nargs="+", metavar="FORMAT", help="none, int8, fp8, mxfp4, ...; rollout: stock_int8 too")
         command.add_argument("--num-rounds", type=int, metavar="N", help="turns of every format; a ratio is the median over rounds")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
 
 
-def _add_perplexity_options(parser: argparse.ArgumentParser) -> None:
-    from qurl.cli.text_options import add_text_options
-
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
-    add_text_options(parser, required=True)
-    parser.add_argument("--formats", nargs="+", required=True, metavar="FORMAT", help="int8, nvfp4, lobcq, ...; none comes first")
-    parser.add_argument("--operands", default="both", choices=("both", "weights", "activations"), help="what is quantized")
-    parser.add_argument("--relative-to", metavar="FORMAT", help="also print each increase over that of this format")
-    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="losses per document; a killed command goes on")
-
-
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a shape, format, transport or text that does not exist."""
     if args.benchmark == "perplexity":
-        _print(_perplexity_rows(args))
-        return 0
+        return perplexity_table.main(args)
     options = {k: v for k, v in vars(args).items() if k not in ("command", "benchmark", "json") and v is not None}
     rows = _rollout_rows(options) if args.benchmark == "rollout" else _sync_rows(options)
     _print(rows)
@@ -87,35 +74,6 @@ def _sync_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
         return [dataclasses.asdict(row) for row in run_sync_bench(**options)]
     finally:
         ray.shutdown()
-
-
-def _perplexity_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from qurl.bench.perplexity import Operands, run_perplexity_bench
-    from qurl.cli.text_options import check_text_options
-    from qurl.ptq.evaluation import Text
-
-    check_text_options(args)
-    if not (args.model / "config.json").is_file():
-        raise ConfigError(f"{args.model} is no Hugging Face folder; of a run, make one with `qurl export`")
-    text = Text(args.model, args.text, args.max_documents, args.context)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(format: str, done: int, total: int) -> None:
-            if format not in tasks:
-                tasks[format] = bar.add_task(format, total=total)
-            bar.update(tasks[format], completed=done)
-
-        rows = run_perplexity_bench(
-            args.model, text, args.formats, args.out, operands=Operands(args.operands), relative_to=args.relative_to,
-            ignore=args.ignore, progress=show,
-        )  # fmt: skip
-    print(f"{len(text.documents)} documents, {text.num_tokens} predicted tokens, at most {text.context} at a time")
-    return [dataclasses.asdict(row) for row in rows]
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:

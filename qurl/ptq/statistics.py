@@ -50,8 +50,6 @@ def divergence(losses: Sequence[DocumentLoss]) -> Estimate:
 
 def ratio(numerator: Estimate, denominator: Estimate) -> Estimate:
     """Of two `increase`s or two `divergence`s over the same documents."""
-    if not denominator.value:
-        return Estimate(value=math.nan, standard_error=math.nan, influences=(math.nan,) * len(denominator.influences))
     value = numerator.value / denominator.value
     pairs = zip(numerator.influences, denominator.influences, strict=True)
     return _estimate(value, [(a - value * b) / denominator.value for a, b in pairs])
