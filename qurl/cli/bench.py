@@ -1,4 +1,4 @@
-"""`qurl bench rollout|kernels|sync|break-even`: run a benchmark and print its rows."""
+"""`qurl bench rollout|kernels|sync|perplexity|break-even`: run a benchmark and print its rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qurl.cli import perplexity_table
+
 WIDTH = 200
 
 
@@ -17,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One subcommand per benchmark; options left out take the benchmark's own defaults."""
     parser.epilog = (
         "Examples:\n  qurl bench rollout --formats none int8 --batch-sizes 1 16\n  qurl bench kernels --shapes 4096x4096\n"
-        "  qurl bench sync --formats int8"
+        "  qurl bench sync --formats int8\n"
+        "  qurl bench perplexity models/qwen --text held_out.jsonl --formats int8 nvfp4 lobcq --relative-to nvfp4"
     )
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     rollout = benchmarks.add_parser("rollout", help="decoding speed of each format, paired with full precision")
@@ -29,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--num-threads", type=int, metavar="N", help="of an engine; default: all cores")
     sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
     sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
+    perplexity = benchmarks.add_parser("perplexity", help="what formats do to the perplexity of a model on held-out text")
+    perplexity_table.add_arguments(perplexity)
     even = benchmarks.add_parser("break-even", help="whether a format pays in the iterations of a run, by rollout and sync")
     even.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     for other in ("rollout", "sync"):
@@ -45,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns 0. Raises ValueError for a shape, format or transport that does not exist."""
+    """Returns 0. Raises ValueError for a shape, format, transport or text that does not exist."""
+    if args.benchmark == "perplexity":
+        return perplexity_table.main(args)
     options = {k: v for k, v in vars(args).items() if k not in ("command", "benchmark", "json") and v is not None}
     benchmarks = {"rollout": _rollout_rows, "kernels": _kernel_rows, "sync": _sync_rows, "break-even": _break_even_rows}
     rows = benchmarks[args.benchmark](options)

@@ -14,9 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Source, target, format."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a run folder (its latest checkpoint) or a Hugging Face folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
-    parser.add_argument("--format", default="none", help="none, int8, fp8, fp8_block, mxfp4, ...; vLLM serves the result as it is")
+    parser.add_argument("--format", default="none", help="none, int8, fp8, fp8_block, mxfp4, int4: what plain vLLM serves")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
-    parser.epilog = "Examples:\n  qurl export runs/quickstart out --format int8\n  qurl export models/qwen out --format fp8"
+    parser.epilog = "For all other formats, and a report of what quantization costs: qurl quantize.\n\nExamples:\n"
+    parser.epilog += "  qurl export runs/quickstart out --format int8\n  qurl export models/qwen out --format fp8"
 
 
 def main(args: argparse.Namespace) -> int:

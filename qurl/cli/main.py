@@ -29,7 +29,8 @@ COMMANDS = {
     "ablation": "one recipe under every correction, in several formats and seeds; a page about what that shows",
     "report": "one HTML page about a run, or several side by side",
     "export": "write a Hugging Face folder from a run or model, quantized if asked",
-    "bench": "measure rollout or weight sync, as ratios to full precision",
+    "quantize": "write a checkpoint in any format, with the error of every matrix and the change in perplexity",
+    "bench": "measure rollout, weight sync or perplexity, against full precision",
     "doctor": "what is installed, what this machine can run, what is wrong and the fix",
 }
 """Subcommand -> what it does; `qurl.cli.<subcommand>` has add_arguments(parser) and main(args) -> exit code."""

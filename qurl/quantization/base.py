@@ -61,6 +61,11 @@ class QuantizationFormat(ABC):
         """What an engine computes: x [..., I] -> [..., O] in x's dtype. Accumulates and scales in float32 or better; the
         engine's own order of summation may differ in the last bits."""
 
+    @property
+    def codebooks_sha256(self) -> str | None:
+        """Of the codebooks without which codes mean nothing; None where the format has none."""
+        return None
+
     @abstractmethod
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """Bits on the wire, scales included, over the number of weights of a matrix of shape (O, I)."""

@@ -38,9 +38,14 @@ class ErrorReport:
 
 
 def matrix_error(name: str, weight: Tensor, quantization: QuantizationFormat) -> MatrixError:
-    """Error of encode -> decode of a weight [O, I], summed in float64."""
+    """Error of encode -> decode of a weight [O, I]."""
+    return copy_error(name, weight, quantization.decode(quantization.encode(weight)))
+
+
+def copy_error(name: str, weight: Tensor, copy: Tensor) -> MatrixError:
+    """Error of a decoded copy of a weight, both [O, I], summed in float64."""
     exact = weight.double()
-    noise = float((exact - quantization.decode(quantization.encode(weight)).double()).square().sum())
+    noise = float((exact - copy.double()).square().sum())
     if noise == 0.0:
         return MatrixError(name=name, sqnr_db=math.inf, relative_error=0.0)
     noise_to_signal = noise / float(exact.square().sum())

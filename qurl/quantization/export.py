@@ -8,29 +8,16 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from qurl.quantization.base import QuantizationFormat
-from qurl.quantization.targets import OUTPUT_HEAD, select_targets
+from qurl.quantization.source import INDEX, checked_targets, source_of_folder, source_of_model
+from qurl.quantization.targets import OUTPUT_HEAD
 
 SHARD_BYTES = 4 << 30
-INDEX = "model.safetensors.index.json"
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What is exported."""
-
-    config: dict[str, Any]  # config.json
-    linear_names: list[str]
-    tensors: Iterator[tuple[str, Tensor]]  # Hugging Face names, full precision; the iterator is used once
-    names: frozenset[str]  # of the tensors
-    files: list[Path]  # copied as they are: tokenizer, generation config, licence
 
 
 def export_checkpoint(
@@ -44,15 +31,18 @@ def export_checkpoint(
     Raises ValueError where the source is no such folder, already quantized or a mixture of experts, out_dir is not empty or
     compressed-tensors does not have the format."""
     if quantization.scheme is None and quantization.name != "none":
-        raise ValueError(f"compressed-tensors has no {quantization.name}, so nothing but qurl's engines could load the checkpoint")
+        raise ValueError(
+            f"compressed-tensors has no {quantization.name}, so plain vLLM could not load the checkpoint; `qurl quantize SOURCE "
+            f"OUT --format {quantization.name}` writes one that vLLM loads where qurl is installed"
+        )
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not an empty folder; export to a new one")
     with ExitStack() as stack:
-        opened = _from_model(source) if isinstance(source, nn.Module) else _from_folder(Path(source), stack)
-        targets = _checked_targets(opened, quantization, ignore)
+        opened = source_of_model(source) if isinstance(source, nn.Module) else source_of_folder(Path(source), stack)
+        targets = checked_targets(opened, ignore)
         out_dir.mkdir(parents=True, exist_ok=True)
-        _write_shards(out_dir, _encoded(opened.tensors, quantization, targets))
+        _write_shards(out_dir, _encoded(((name, opened.read(name)) for name in opened.names), quantization, targets))
     for file in opened.files:
         shutil.copyfile(file, out_dir / file.name)
     config = dict(opened.config)
@@ -61,65 +51,6 @@ def export_checkpoint(
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     _write_json(out_dir / "config.json", config)
-    return targets
-
-
-def _from_model(model: Any) -> _Source:
-    config = {**json.loads(model.config.to_json_string()), "architectures": [type(model).__name__]}
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop(f"{OUTPUT_HEAD}.weight", None)
-    return _Source(config, _linear_names(model), iter(state.items()), frozenset(state), [])
-
-
-def _from_folder(folder: Path, stack: ExitStack) -> _Source:
-    """Shards stay open, memory-mapped, until the stack closes."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shards = _shards(folder)
-    if not (folder / "config.json").is_file() or not shards:
-        raise ValueError(f"{folder} is no Hugging Face folder with config.json and model*.safetensors; download or convert it")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    try:
-        readers = [stack.enter_context(safe_open(shard, framework="pt")) for shard in shards]
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder} is damaged: {error}; copy or download it again") from error
-    tensors = ((name, reader.get_tensor(name)) for reader in readers for name in reader.keys())
-    names = frozenset(name for reader in readers for name in reader.keys())
-    files = [
-        f for f in sorted(folder.iterdir())
-        if f.is_file() and f.suffix not in WEIGHT_SUFFIXES and f.name != "config.json" and not f.name.endswith(".index.json")
-    ]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return _Source(config, _linear_names(skeleton), tensors, names, files)
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The weight files, by the index where there is one: a folder may hold the same weights in a second layout."""
-    index = folder / INDEX
-    if not index.is_file():
-        return sorted(folder.glob("model*.safetensors"))
-    try:
-        return [folder / file for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged; copy or download it again") from error
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _checked_targets(source: _Source, quantization: QuantizationFormat, ignore: Sequence[str]) -> frozenset[str]:
-    if source.config.get("quantization_config"):
-        raise ValueError("the source is quantized already (its config.json has a quantization_config); export a full-precision one")
-    if experts := sorted(name for name in source.names if ".experts." in name):
-        raise ValueError(f"the source is a mixture of experts ({experts[0]}), which export does not support")
-    targets = select_targets(source.linear_names, ignore)
-    if missing := sorted(name for name in targets if f"{name}.weight" not in source.names):
-        raise ValueError(f"the source has no tensor {missing[0]}.weight; its names are not those of the model class")
     return targets
 
 

@@ -20,5 +20,7 @@ def global_scale_of(amax: Tensor, largest_code: float) -> Tensor:
 
 
 def e4m3_scales(amax: Tensor, global_scale: Tensor, largest_code: float, smallest: float) -> Tensor:
-    """float8_e4m3fn scales of groups, at least `smallest`; amax: of each group, [..., groups]. NaN where an argument is."""
-    return (amax / largest_code * global_scale).clamp(min=smallest, max=E4M3_LARGEST).to(torch.float8_e4m3fn)
+    """float8_e4m3fn scales of groups, at least `smallest`; amax: of each group, [..., groups]. NaN where an argument is.
+
+    Divides by a tensor, see qurl.quantization.base.scale_to."""
+    return (amax / amax.new_tensor(largest_code) * global_scale).clamp(min=smallest, max=E4M3_LARGEST).to(torch.float8_e4m3fn)

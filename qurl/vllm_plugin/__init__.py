@@ -7,11 +7,17 @@ Importing this package imports nothing of vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch, which --help does not wait for
+    from qurl.quantization import QuantizationFormat
 
 NAME = "qurl"
 """Of the quantization method and of the weight-transfer engine, in vLLM's registries."""
+
+CHECKPOINT_VERSION = 1
+"""Of encoded checkpoints: what their tensors are called and mean."""
 
 
 def register() -> None:
@@ -46,10 +52,30 @@ def engine_args(format: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
 def quantization_config(format: str, ignore: Sequence[str] = (), *, encoded: bool = False) -> dict[str, Any]:
     """The `quantization_config` entry of config.json that selects this plugin.
 
-    encoded: the checkpoint already holds wire tensors (codes as "weight", scales by their suffixes) for the quantized modules.
+    encoded: the checkpoint already holds wire tensors (codes as "weight", scales by their suffixes) for the quantized modules;
+    the entry then also says by which version of their layout and, where the format has codebooks, by the SHA-256 of which.
     Raises ValueError for an unknown format."""
     from qurl.quantization import FORMATS
 
     if format not in FORMATS:
         raise ValueError(f"quantization.format={format!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
-    return {"quant_method": NAME, "format": format, "ignore": list(ignore), "encoded": encoded}
+    config: dict[str, Any] = {"quant_method": NAME, "format": format, "ignore": list(ignore), "encoded": encoded}
+    return config | _encoding(FORMATS[format]) if encoded else config
+
+
+def check_encoding(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where the tensors of an encoded checkpoint, by its `quantization_config`, mean other numbers here."""
+    from qurl.quantization import FORMATS
+
+    expected = _encoding(FORMATS[config["format"]])
+    for key, words in (("version", "another version"), ("codebooks", "other codebooks")):
+        if config.get(key) != expected.get(key):
+            raise ValueError(
+                f"quantization_config.{key}={config.get(key)!r}: the checkpoint was encoded with {words} than this qurl "
+                f"reads, {expected.get(key)!r}; quantize the model again with `qurl quantize`, or install the qurl that wrote it"
+            )
+
+
+def _encoding(format: QuantizationFormat) -> dict[str, Any]:
+    sha256 = format.codebooks_sha256
+    return {"version": CHECKPOINT_VERSION} | ({} if sha256 is None else {"codebooks": sha256})

@@ -15,7 +15,7 @@ RANKS = {
     "algorithms": 2, "rewards": 2, "data": 2,
     "quantization": 3, "warmstart": 3,
     "vllm_plugin": 4, "sync": 4,
-    "rollout": 5, "learner": 5,
+    "rollout": 5, "learner": 5, "ptq": 5,
     "plan": 6, "trainer": 7, "bench": 8, "doctor": 8, "evaluation": 8, "ablation": 8, "cli": 9,
 }  # fmt: skip
 """A module imports its own part and parts of a lower rank, and of its own rank only where PEERS says so."""

@@ -46,6 +46,11 @@ class LoBcq(GroupedFormat):
             return self._given
         return load_codebooks(FOLDER / self.layout.file_name, self._given)
 
+    @property
+    def codebooks_sha256(self) -> str:
+        """Of layout and entries."""
+        return self.codebooks.sha256
+
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Codes, books and scales; ValueError for NaN, Inf or a number of inputs that is no multiple of L_A."""
         groups = self.weight_groups(weight)

@@ -1,0 +1,183 @@
+"""What formats do to the perplexity of a model on held-out text, beside the errors that they make in its operands.
+
+Every format sees the same documents, so its increase over full precision, and the ratio of two increases, have standard errors of
+paired differences. Losses are kept per document in a folder; the same call goes on where an earlier one was killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qurl.ptq.evaluation import Text, load_float32, quantized_in_memory
+from qurl.ptq.perplexity import DocumentLoss, decoded_activations
+from qurl.ptq.statistics import divergence, increase, perplexity, ratio
+from qurl.quantization import FORMATS, QuantizationFormat, select_targets
+from qurl.quantization.error_report import copy_error
+
+BASELINE = "none"
+NUM_ERROR_DOCUMENTS = 8
+"""Whose activations are rounded to find the error of a format's rule for them."""
+
+Progress = Callable[[str, int, int], None]  # (format, done, total) documents
+
+
+class Operands(Enum):
+    """What is quantized."""
+
+    both = "both"
+    weights = "weights"
+    activations = "activations"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ratio:
+    """Of two formats."""
+
+    value: float
+    standard_error: float  # over documents
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PerplexityRow:
+    """One format."""
+
+    format: str
+    bits_per_weight: float
+    weight_nmse: float  # |W - decoded|^2 / |W|^2, mean over matrices
+    activation_nmse: float  # the same of the inputs of these matrices
+    perplexity: float
+    increase: float  # over full precision
+    standard_error: float  # of the increase, over documents
+    divergence: float  # KL(full precision || format) of the next token, nats
+    increase_ratio: Ratio | None  # to that of the format that rows are compared with; None where there is none
+    divergence_ratio: Ratio | None
+
+
+def run_perplexity_bench(
+    model: Path,
+    text: Text,
+    formats: Sequence[str],
+    out: Path,
+    *,
+    operands: Operands = Operands.both,
+    relative_to: str | None = None,
+    ignore: Sequence[str] = (),
+    progress: Progress = lambda format, done, total: None,
+) -> list[PerplexityRow]:
+    """A row per format, full precision first whether named or not; out: the folder of losses, and of the rows as JSON.
+
+    ignore: as quantization.ignore. relative_to: one of the formats. Raises ValueError for a format that does not exist or does not
+    fit the model."""
+    formats = list(dict.fromkeys((BASELINE, *formats)))
+    _check(formats, relative_to)
+    full_precision = load_float32(model)
+    linears = {name: module for name, module in full_precision.named_modules() if isinstance(module, nn.Linear)}
+    targets = sorted(select_targets(list(linears), ignore))
+    for name in formats:
+        for target in targets:
+            _check_columns(FORMATS[name], target, linears[target].in_features)
+    rows, losses = [], {}
+    inputs = _inputs(full_precision, text, targets)
+    for name in formats:
+        quantization = FORMATS[name]
+        replace = None if name == BASELINE else quantized_in_memory(
+            quantization, targets, weights=operands is not Operands.activations, activations=operands is not Operands.weights
+        )  # fmt: skip
+        question = {"format": name, "codebooks": quantization.codebooks_sha256, "ignore": list(ignore), "operands": operands.value}
+        path = out / operands.value / f"{name}.jsonl"
+        losses[name] = text.losses(path, question, replace, partial(_report, progress, name, len(text.documents)))
+    for name in formats:
+        errors = _errors(FORMATS[name], {target: linears[target].weight for target in targets}, inputs)
+        rows.append(_row(name, errors, losses, relative_to))
+    (out / f"{operands.value}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def _report(progress: Progress, name: str, total: int, done: int) -> None:
+    progress(name, done, total)
+
+
+def _check(formats: Sequence[str], relative_to: str | None) -> None:
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ValueError(f"--formats {unknown[0]} is unknown; use some of {', '.join(FORMATS)}")
+    if relative_to is not None and relative_to not in formats[1:]:
+        raise ValueError(f"--relative-to {relative_to}: there is no increase to compare with; use one of {', '.join(formats[1:])}")
+
+
+def _check_columns(quantization: QuantizationFormat, module: str, columns: int) -> None:
+    try:
+        quantization.check_columns(columns)
+    except ValueError as error:
+        raise ValueError(f"{module}: {error}".replace("quantization.ignore", "--ignore")) from error
+
+
+@torch.no_grad()
+def _inputs(model: Any, text: Text, targets: Sequence[str]) -> dict[str, Tensor]:
+    """Activations [T, I] that enter each target, on the first windows of the first documents."""
+    found: dict[str, list[Tensor]] = {name: [] for name in targets}
+
+    def keep(name: str, module: nn.Module, args: tuple[Tensor]) -> None:
+        found[name].append(args[0].flatten(0, -2))
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in targets]
+    for document in text.documents[:NUM_ERROR_DOCUMENTS]:
+        model(input_ids=torch.tensor([document[0]], device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Errors:
+    bits_per_weight: float
+    weight_nmse: float
+    activation_nmse: float
+
+
+@torch.no_grad()
+def _errors(quantization: QuantizationFormat, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> _Errors:
+    numbers = sum(weight.numel() for weight in weights.values())
+    bits = sum(quantization.bits_per_weight(weight.shape) * weight.numel() for weight in weights.values())
+    return _Errors(
+        bits_per_weight=bits / numbers,
+        weight_nmse=_mean(_nmse(name, w, quantization.decode(quantization.encode(w))) for name, w in weights.items()),
+        activation_nmse=_mean(_nmse(name, x, decoded_activations(quantization, x)) for name, x in inputs.items()),
+    )
+
+
+def _nmse(name: str, exact: Tensor, copy: Tensor) -> float:
+    return copy_error(name, exact, copy).relative_error ** 2
+
+
+def _mean(values: Iterator[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _row(name: str, errors: _Errors, losses: dict[str, list[DocumentLoss]], relative_to: str | None) -> PerplexityRow:
+    change, kl = increase(losses[name], losses[BASELINE]), divergence(losses[name])
+    ratios: list[Ratio | None] = [None, None]
+    if relative_to is not None:
+        other = losses[relative_to]
+        found = ratio(change, increase(other, losses[BASELINE])), ratio(kl, divergence(other))
+        ratios = [Ratio(value=estimate.value, standard_error=estimate.standard_error) for estimate in found]
+    return PerplexityRow(
+        format=name,
+        bits_per_weight=errors.bits_per_weight,
+        weight_nmse=errors.weight_nmse,
+        activation_nmse=errors.activation_nmse,
+        perplexity=perplexity(losses[name]).value,
+        increase=change.value,
+        standard_error=change.standard_error,
+        divergence=kl.value,
+        increase_ratio=ratios[0],
+        divergence_ratio=ratios[1],
+    )

@@ -1,0 +1,79 @@
+"""`qurl bench perplexity`: the options, the progress bars, the table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qurl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qurl.bench.perplexity import PerplexityRow
+
+WIDTH = 160
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, text, formats, folder."""
+    from qurl.cli.text_options import add_text_options
+
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
+    add_text_options(parser, required=True)
+    parser.add_argument("--formats", nargs="+", required=True, metavar="FORMAT", help="int8, nvfp4, lobcq, ...; none comes first")
+    parser.add_argument("--operands", default="both", choices=("both", "weights", "activations"), help="what is quantized")
+    parser.add_argument("--relative-to", metavar="FORMAT", help="also print each increase over that of this format")
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="losses per document; a killed command goes on")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0. Raises ValueError for a folder, text or format that cannot be used."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from qurl.bench.perplexity import Operands, run_perplexity_bench
+    from qurl.cli.text_options import check_text_options
+    from qurl.ptq.evaluation import Text
+
+    check_text_options(args)
+    if not (args.model / "config.json").is_file():
+        raise ConfigError(f"{args.model} is no Hugging Face folder; of a run, make one with `qurl export`")
+    text = Text(args.model, args.text, args.max_documents, args.context)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(format: str, done: int, total: int) -> None:
+            if format not in tasks:
+                tasks[format] = bar.add_task(format, total=total)
+            bar.update(tasks[format], completed=done)
+
+        rows = run_perplexity_bench(
+            args.model, text, args.formats, args.out, operands=Operands(args.operands), relative_to=args.relative_to,
+            ignore=args.ignore, progress=show,
+        )  # fmt: skip
+    print(f"{len(text.documents)} documents, {text.num_tokens} predicted tokens, at most {text.context} at a time")
+    _print(rows, args.relative_to)
+    return 0
+
+
+def _print(rows: Sequence[PerplexityRow], relative_to: str | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ["format", "bits", "NMSE weights", "NMSE activations", "perplexity", "increase", "divergence"]
+    ratios = [f"increase / {relative_to}'s", f"divergence / {relative_to}'s"] if relative_to else []
+    table = Table(*columns, *ratios, box=box.SIMPLE, padding=(0, 1))
+    for row in rows:
+        cells = [
+            row.format, f"{row.bits_per_weight:.3f}", f"{100 * row.weight_nmse:.4f} %", f"{100 * row.activation_nmse:.4f} %",
+            f"{row.perplexity:.3f}", f"{row.increase:.3f} +- {row.standard_error:.3f}", f"{row.divergence:.6f}",
+        ]  # fmt: skip
+        for ratio in (row.increase_ratio, row.divergence_ratio):
+            if ratio is not None:
+                cells.append(f"{ratio.value:.3f} +- {ratio.standard_error:.3f}")
+        table.add_row(*cells)
+    Console(width=WIDTH).print(table)

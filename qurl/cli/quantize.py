@@ -1,0 +1,144 @@
+"""`qurl quantize`: the options, the progress bars, the tables."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qurl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from qurl.ptq import QuantizeReport, QuantizeSettings
+    from qurl.ptq.evaluation import Text
+
+WORST = 10  # matrices in the table
+
+EPILOG = """vLLM serves OUT as it is wherever qurl is installed: vllm serve OUT. For a checkpoint that it serves without, use
+qurl export, in the formats that compressed-tensors has.
+The same command goes on where an earlier one was killed. The error of every matrix is in OUT/report.json.
+
+Examples:
+  qurl quantize models/qwen models/qwen-lobcq --format lobcq
+  qurl quantize runs/gsm8k out --format nvfp4 --ignore down_proj --text held_out.jsonl"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Source, target, format, text."""
+    from qurl.cli.text_options import add_text_options
+
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a Hugging Face folder or a run folder (its latest checkpoint)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet, or was begun by the same command")
+    parser.add_argument("--format", required=True, help="int8, fp8, fp8_block, int4, nf4, mxfp4, nvfp4, lobcq, ...")
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
+    add_text_options(parser, required=False)
+    parser.epilog = EPILOG
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0. Raises ValueError for a source that cannot be quantized, or an output that is something else."""
+    from qurl.cli.text_options import check_text_options
+    from qurl.ptq import QuantizeSettings, quantize_folder
+    from qurl.ptq.evaluation import Text
+    from qurl.quantization import FORMATS
+
+    formats = [name for name in FORMATS if name != "none"]
+    if args.format not in formats:
+        raise ConfigError(f"--format {args.format}: nothing to quantize to; use one of {', '.join(formats)}")
+    check_text_options(args)
+    settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore))
+    with _source(args.source, args.out) as source:
+        text = Text(source, args.text, args.max_documents, args.context) if args.text else None
+        with _bar("tensors") as (bar, task):
+            report = quantize_folder(source, args.out, settings, lambda done, total: bar.update(task, completed=done, total=total))
+        _print_errors(report)
+        if text is not None:
+            _measure(text, args.out, settings, report)
+    print(args.out)
+    return 0
+
+
+@contextmanager
+def _source(source: Path, out: Path) -> Iterator[Path]:
+    """The Hugging Face folder; of a run, its checkpoint, exported beside OUT and kept where the process is interrupted."""
+    if not (source / "config.yaml").is_file():
+        yield source
+        return
+    from qurl.trainer.export import export_run, latest_checkpoint
+
+    exported = out.with_name(f".{out.name}.{latest_checkpoint(source).resolve().name}")
+    if not exported.is_dir():
+        partial = exported.with_name(exported.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        asyncio.run(export_run(source, partial))
+        partial.replace(exported)
+    try:
+        yield exported
+    except ValueError:
+        shutil.rmtree(exported)
+        raise
+    shutil.rmtree(exported)
+
+
+def _measure(text: Text, out: Path, settings: QuantizeSettings, report: QuantizeReport) -> None:
+    """Perplexity before and after, into the table and report.json."""
+    from qurl.ptq import divergence, increase, perplexity
+    from qurl.ptq.checkpoint import REPORT
+    from qurl.ptq.evaluation import quantized_on_disk
+
+    replacements: dict[str, Any] = {
+        "none": None,
+        settings.format: quantized_on_disk(out, settings.quantization, [matrix.module for matrix in report.matrices]),
+    }
+    losses = {}
+    for name, replace in replacements.items():
+        with _bar(f"documents, {name}", total=len(text.documents)) as (bar, task):
+            question = {"format": name, "settings": report.settings} if name != "none" else {"format": name}
+            losses[name] = text.losses(
+                out / "perplexity" / f"{name}.jsonl", question, replace, lambda done: bar.update(task, completed=done)
+            )
+    before, after = (perplexity(found) for found in losses.values())
+    change = increase(losses[settings.format], losses["none"])
+    print(f"perplexity {before.value:.4f} -> {after.value:.4f}, increase {change:.4f} (standard error over documents); "
+          f"{len(text.documents)} documents, {text.num_tokens} predicted tokens")  # fmt: skip
+    found = {
+        "text": text.sources, "documents": len(text.documents), "tokens": text.num_tokens, "context": text.context,
+        "before": before.value, "after": after.value, "increase": change.value, "increase_standard_error": change.standard_error,
+        "divergence": divergence(losses[settings.format]).value,
+    }  # fmt: skip
+    (out / REPORT).write_text(json.dumps({**asdict(report), "perplexity": found}, indent=1) + "\n")
+
+
+def _print_errors(report: QuantizeReport) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, title=f"worst of {len(report.matrices)} matrices", title_justify="left")
+    for column in ("module", "shape", "SQNR dB", "relative error"):
+        table.add_column(column, no_wrap=True)
+    for matrix in report.matrices[:WORST]:
+        sqnr = "exact" if matrix.sqnr_db is None else f"{matrix.sqnr_db:.2f}"
+        table.add_row(matrix.module, " x ".join(map(str, matrix.shape)), sqnr, f"{matrix.relative_error:.4f}")
+    Console().print(table)
+    saved = report.source_bytes / report.checkpoint_bytes
+    print(f"bits per weight: {report.bits_formula:.4f} by formula, {report.bits_on_disk:.4f} on disk; the checkpoint has "
+          f"{report.checkpoint_bytes / 1e6:.1f} MB, its source {saved:.2f} times that")  # fmt: skip
+
+
+@contextmanager
+def _bar(what: str, total: int | None = None) -> Iterator[tuple[Progress, Any]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield bar, bar.add_task(what, total=total)

@@ -1,0 +1,92 @@
+"""`qurl quantize` and `qurl bench perplexity` on a tiny model, through main(argv)."""
+
+import json
+import shutil
+
+import pytest
+
+from qurl.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """`tiny/` (a random model) and `text.jsonl`."""
+    from qurl.warmstart import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("workspace")
+    make_tiny_model(folder / "tiny", hidden_size=128)
+    rows = [{"problem": f"{a}+{b}=?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"} for a in range(3) for b in range(4)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+def test_both_commands_measure_the_same_and_a_second_call_changes_nothing(workspace, capsys):
+    quantize = ["quantize", "tiny", "out", "--format", "nvfp4", "--text", "text.jsonl", "--max-documents", "10"]
+    assert main(quantize) == 0
+    told = capsys.readouterr().out
+    assert "bits per weight: 4.50" in told and "10 documents" in told
+    report = json.loads((workspace / "out" / "report.json").read_text())
+    assert main(quantize) == 0
+    assert json.loads((workspace / "out" / "report.json").read_text()) == report
+    bench = ["bench", "perplexity", "tiny", "--text", "text.jsonl", "--max-documents", "10", "--formats", "lobcq", "nvfp4",
+             "--relative-to", "nvfp4", "--out", "table"]  # fmt: skip
+    assert main(bench) == 0
+    none, lobcq, nvfp4 = json.loads((workspace / "table" / "both.json").read_text())
+    assert [none["format"], lobcq["format"], nvfp4["format"]] == ["none", "lobcq", "nvfp4"]
+    found = report["perplexity"]
+    assert none["perplexity"] == pytest.approx(found["before"]) and nvfp4["perplexity"] == pytest.approx(found["after"])
+    assert nvfp4["increase"] == pytest.approx(found["increase"]) and none["increase"] == 0.0
+    assert nvfp4["increase_ratio"]["value"] == 1.0
+    assert 0.0 < lobcq["divergence"] < 0.8 * nvfp4["divergence"]
+    assert lobcq["divergence_ratio"]["value"] == pytest.approx(lobcq["divergence"] / nvfp4["divergence"])
+    assert lobcq["weight_nmse"] < 0.6 * nvfp4["weight_nmse"] and lobcq["activation_nmse"] < 0.8 * nvfp4["activation_nmse"]
+    journal = workspace / "table" / "both" / "lobcq.jsonl"
+    before = journal.stat().st_mtime_ns
+    assert main(bench) == 0 and journal.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["quantize", "tiny", "x", "--format", "int9"], "--format int9: nothing to quantize to; use one of int8"),
+        (["quantize", "tiny", "x", "--format", "none"], "--format none"),
+        (["quantize", "/nowhere", "x", "--format", "int8"], "/nowhere is no Hugging Face folder"),
+        (["quantize", "tiny", "x", "--format", "int8", "--ignore", "experts"], "matches none"),
+        (["quantize", "tiny", "x", "--format", "int8", "--text", "absent.txt"], "--text='absent.txt' cannot be read"),
+        (["quantize", "tiny", "x", "--format", "int8", "--text", "text.jsonl", "--context", "1"], "--context 1"),
+        (["export", "tiny", "x", "--format", "nvfp4"], "qurl quantize SOURCE OUT --format nvfp4"),
+        (["bench", "perplexity", "/nowhere", "--text", "text.jsonl", "--formats", "int8", "--out", "x"], "no Hugging Face folder"),
+        (["bench", "perplexity", "tiny", "--text", "text.jsonl", "--formats", "int9", "--out", "x"], "--formats int9 is unknown"),
+        (["bench", "perplexity", "tiny", "--text", "text.jsonl", "--formats", "int8", "--relative-to", "none", "--out", "x"],
+         "--relative-to none: there is no increase"),
+    ],
+)
+def test_user_errors_exit_with_2_and_one_line_and_leave_nothing(workspace, argv, told, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and told in error
+    assert not (workspace / "x").exists()
+
+
+def test_the_checkpoint_of_a_run_is_exported_once_and_removed_at_the_end(workspace, monkeypatch, capsys):
+    from qurl.trainer import export
+
+    run, exports = workspace / "run", []
+    (run / "checkpoints" / "step_000007").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+
+    async def export_run(run_dir, out):
+        exports.append(run_dir)
+        shutil.copytree(workspace / "tiny", out)
+
+    monkeypatch.setattr(export, "export_run", export_run)
+    monkeypatch.setattr(export, "latest_checkpoint", lambda run_dir: run_dir / "checkpoints" / "step_000007")
+    assert main(["quantize", "run", "of_run", "--format", "int8", "--ignore", "absent"]) == 2
+    assert main(["quantize", "run", "of_run", "--format", "int8"]) == 0
+    assert len(exports) == 2 and not list(workspace.glob(".of_run*"))
+    assert main(["quantize", "tiny", "of_run", "--format", "int8"]) == 0  # the same weights: already there
