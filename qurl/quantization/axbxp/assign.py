@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
 from qurl.quantization.axbxp.format import AxBxP
@@ -31,9 +30,9 @@ def with_precision(
 ) -> QuantizationFormat:
     """The format, with the precision of each of `layers`, its quantized modules; see QuantizationFormat.of_layer.
 
-    precision: a setting for all; or pattern -> setting, of which the first that matches a layer counts, and layers that none matches
-    have the format's own. Patterns are those of qurl.quantization.select_targets. None: the format as it is. Raises ValueError for
-    a pattern that is no regex or matches nothing, and as check_precision does."""
+    precision: a setting for all; or pattern -> setting, of which the first that matches a layer counts, and layers that none
+    matches have the format's own. Patterns are those of qurl.quantization.select_targets. None: the format as it is. Raises
+    ValueError for a pattern that is no regex or matches nothing, and as check_precision does."""
     check_precision(format, precision)
     if precision is None or not isinstance(format, AxBxP):
         return format
@@ -49,8 +48,8 @@ def _assigned(precision: Mapping[str, str], layers: Collection[str]) -> dict[str
         if not matches:
             example = next(iter(layers), "none")
             raise ValueError(
-                f"{KEY}={pattern!r} matches none of the {len(layers)} quantized layers (one is {example!r}); use a module name, its "
-                "last components, or 're:' and a regex for the whole name"
+                f"{KEY}={pattern!r} matches none of the {len(layers)} quantized layers (one is {example!r}); use a module name, "
+                "its last components, or 're:' and a regex for the whole name"
             )
         assigned = {**dict.fromkeys(matches, parse(setting)), **assigned}
     return assigned

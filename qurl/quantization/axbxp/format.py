@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ class AxBxP(Int8):
     """weight int8 [O, I], weight_scale float32 [O, 1]: the wire of int8, whatever the precision."""
 
     rounds_stochastically = False  # the mean of rounded codes is the weight, but not of what is kept of them
-    scheme: ClassVar[None] = None
+    scheme = None
 
     def __init__(self, name: str, precision: Precision, layers: Mapping[str, Precision] | None = None) -> None:
         """precision: of every layer that `layers` does not name; see of_layer."""

@@ -40,6 +40,8 @@ class PackedAxBxP(AxBxP):
                 f"weights of {precision} do not fill nibbles; use 3 or 4 bits of magnitude, a group of 2 or more and no -balanced, "
                 "e.g. k2-w2g16-a4"
             )
+        if precision.activation.blocks != precision.num_blocks:
+            raise ValueError(f"activations of {precision} are not INT8, as they are with weights in nibbles; use k2-w2g16-a4")
         super().__init__(name, precision)
         self.group = kept.group or 1
         self.block = (1, self.group)

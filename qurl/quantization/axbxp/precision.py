@@ -2,9 +2,9 @@
 
 A setting is one word:
 
-    k2-w2g16-a3g1             blocks of 2 bits; weights keep 2 of their 4, found anew for every 16 inputs; activations 3, each its own
-    k4-w1-a2-truncated        blocks of 4 bits; weights keep the upper one, activations both; dropped bits are cut off
-    k4-w2-a2-noll             both blocks of both, but not the product of the two lower ones
+    k2-w2g16-a3g1         blocks of 2 bits; weights keep 2 of their 4, found anew for every 16 inputs; activations 3, each its own
+    k4-w1-a2-truncated    blocks of 4 bits; weights keep the upper one, activations both; dropped bits are cut off
+    k4-w2-a2-noll         both blocks of both, but not the product of the two lower ones
 
 `g` and a number of inputs make the choice dynamic; without it the uppermost blocks are kept."""
 
@@ -65,13 +65,13 @@ class Precision:
         if self.digits is Digits.balanced and self.block_bits == 1:
             raise ValueError(f"{self._name}: balanced digits of one bit have no 1; use k2, k3 or k4, or leave out -balanced")
         if self.drops_low_product and (self.block_bits, self.weight, self.activation) != (4, Kept(2), Kept(2)):
-            raise ValueError(f"{self._name}: -noll leaves out one of four products, for which all blocks are kept; use k4-w2-a2-noll")
+            raise ValueError(f"{self._name}: -noll leaves out one product of four and keeps all blocks; use k4-w2-a2-noll")
 
     def _check_kept(self, letter: str, kept: Kept) -> None:
         count = self.num_blocks
         if not 1 <= kept.blocks <= count:
             raise ValueError(
-                f"{self._name}: codes have {count} blocks of {self.block_bits} bits, of which {letter}{kept.blocks} cannot be kept; "
+                f"{self._name}: codes have {count} blocks of {self.block_bits} bits, not as many as {letter}{kept.blocks}; "
                 f"use {letter}1 to {letter}{count}"
             )
         if kept.group is not None and kept.blocks == count:
