@@ -6,7 +6,8 @@ three bits fill a nibble; four bits do so alone, and signs lie beside them:
     K L = 3    weight nibble: bit 3 the sign, bits 0-2 the blocks
     K L = 4    weight nibble: the blocks; weight_sign: a bit each, low bit first
 
-What comes out is what `keep` makes of int8's codes, bit for bit, so an engine may run it as INT8."""
+What comes out is what `keep` makes of int8's codes, bit for bit, so an engine may run it as INT8. A weight that changes nothing but
+its sign counts as unchanged in sync/changed_code_fraction where signs lie beside the codes."""
 
 from __future__ import annotations
 
