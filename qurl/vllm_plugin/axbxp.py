@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP, Precision
-from qurl.quantization.axbxp.blocks import BlockTable, activation_table, keep, look_up, lower_parts, weight_table
+from qurl.quantization.axbxp.blocks import activation_table, keep, look_up, lower_parts, lower_table, weight_table
 from qurl.quantization.base import QuantizationFormat
 from qurl.vllm_plugin import compat
 from qurl.vllm_plugin.kernels import (
@@ -106,7 +106,7 @@ class AxBxPKernel(CodeKernel):
         if not self.keeps_activations:
             codes = look_up(codes, layer.activation_values, layer.activation_lowest, self.group)
         if self.precision.drops_low_product:
-            codes = torch.cat([codes, -lower_parts(codes, self.precision.digits)], dim=1)
+            codes = torch.cat([codes, -look_up(codes, layer.lower_values, layer.activation_lowest, 1)], dim=1)
         return self.product.multiply(layer, codes, scale, bias, x.dtype)
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
@@ -135,11 +135,9 @@ class AxBxPKernel(CodeKernel):
         table = activation_table(self.precision)
         self.group = table.group
         self.keeps_activations = table.is_identity and self.shape.device.type == "cpu"  # a graph looks up in any case
-        self._load_table(layer, table)
-
-    def _load_table(self, layer: Any, table: BlockTable) -> None:
         values = functional.pad(table.values, (0, 0, 0, MOST_ROWS - len(table.values)))
-        for name, tensor in (("activation_values", values), ("activation_lowest", table.lowest)):
+        lower = lower_table(self.precision.digits).values
+        for name, tensor in (("activation_values", values), ("activation_lowest", table.lowest), ("lower_values", lower)):
             if hasattr(layer, name):
                 getattr(layer, name).copy_(tensor)
             else:

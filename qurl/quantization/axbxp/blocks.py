@@ -6,7 +6,10 @@ lowest block holds all of it. A product of operands with blocks left out is an o
     sum over kept i, j of 2^(K(i+j)) A_i W_j^T  =  A~ W~^T,   A~ = sum over kept i of 2^(Ki) A_i,  W~ likewise
 
 for every choice that is made for each operand by itself. Only the set without LL is none of these; it takes a second product,
-A W^T - A_L W_L^T, of the lower blocks."""
+A W^T - A_L W_L^T, of the lower blocks.
+
+INT8 has no 128: where codes are rounded to multiples of 16, those from 120 on become 112, and it is outliers that have such codes.
+With three blocks of 2 bits, 126 and 127 become 124."""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from torch.nn import functional
 from qurl.quantization.axbxp.precision import Digits, Kept, Precision, num_blocks
 
 LARGEST_CODE = 127
+CHUNK = 1 << 17
+"""Codes that are looked up at once on a CPU, so that the numbers of entries, four bytes a code, stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,14 @@ def keep(codes: Tensor, table: BlockTable) -> Tensor:
     """int8 codes [..., I] without the blocks that are dropped; groups count from the first input, the last may be shorter."""
     if table.is_identity:
         return codes
-    return look_up(codes, *_on(table, codes.device))
+    parts = _on(table, codes.device)
+    if codes.dim() != 2 or codes.device.type != "cpu":
+        return look_up(codes, *parts)
+    kept = torch.empty_like(codes, memory_format=torch.contiguous_format)
+    rows = max(1, CHUNK // codes.shape[1])
+    for some, result in zip(codes.split(rows), kept.split(rows), strict=True):
+        result.copy_(look_up(some, *parts))
+    return kept
 
 
 def look_up(codes: Tensor, values: Tensor, lowest: Tensor, group: int) -> Tensor:
@@ -60,7 +72,7 @@ def look_up(codes: Tensor, values: Tensor, lowest: Tensor, group: int) -> Tensor
 
 def lower_parts(codes: Tensor, digits: Digits) -> Tensor:
     """The lower blocks of 4 bits, signs included: int8 [..., I] such that codes - lower_parts is a multiple of 16."""
-    return look_up(codes, *_on(_lower_table(digits), codes.device))
+    return look_up(codes, *_on(lower_table(digits), codes.device))
 
 
 def group_lowest(codes: Tensor, table: BlockTable) -> Tensor:
@@ -95,8 +107,8 @@ def _table(block_bits: int, kept: Kept, digits: Digits) -> BlockTable:
 
 
 @cache
-def _lower_table(digits: Digits) -> BlockTable:
-    """Not cut off at 127: a code of 127 is 128 - 1 where it is rounded."""
+def lower_table(digits: Digits) -> BlockTable:
+    """Of lower_parts. Upper blocks are not cut off at 127: where it is rounded, 127 is 128 - 1."""
     rows = [[code - _upper(code, 4, 4, digits) for code in _codes().tolist()]]
     return BlockTable(torch.tensor(rows, dtype=torch.int8), torch.zeros(256, dtype=torch.int8), 1, False)
 
