@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class UpdateAwareness(Enum):
@@ -20,5 +21,8 @@ class QuantizationConfig:
 
     format: str = "none"  # key of qurl.quantization.FORMATS
     ignore: list[str] = field(default_factory=list)  # module names or "re:<regex>" kept in full precision; lm_head always is
+    precision: Any = None
+    """Of format=axbxp: a setting such as k2-w2g16-a3g1, or a mapping of module names or "re:<regex>" to settings, of which the
+    first that matches a layer counts. null: the format's own."""
     update_awareness: UpdateAwareness = UpdateAwareness.none
     invariant_scale: float = 1.5  # s; only read with update_awareness=invariant_scaling

@@ -182,6 +182,11 @@ def _quantization(config: QuantizationConfig) -> None:
     if config.format == "none":
         _require(not config.ignore, "quantization.ignore", config.ignore, "[] with quantization=none, where nothing is quantized")
         _require(awareness is UpdateAwareness.none, "quantization.update_awareness", awareness.name, "none, or quantization=int8")
+    key, precision = "quantization.precision", config.precision
+    _require(precision is None or config.format == "axbxp", key, precision, "null, or quantization=axbxp with it")
+    is_mapping = isinstance(precision, dict) and bool(precision) and all(isinstance(s, str) for s in precision.values())
+    works = "a setting such as k2-w2g16-a3g1, a mapping of patterns to settings, or null"
+    _require(precision is None or isinstance(precision, str) or is_mapping, key, precision, works)
 
 
 def _rollout(config: RolloutConfig) -> None:

@@ -19,6 +19,7 @@ class EvalConfig:
     data: dict[str, str] = field(default_factory=dict)  # benchmark -> local file
     format: str = "none"  # key of qurl.quantization.FORMATS; the checkpoint is encoded as it loads
     ignore: list[str] = field(default_factory=list)  # as quantization.ignore
+    precision: str | None = None  # as quantization.precision, one setting for the model
     samples: int = 1  # per problem
     k: list[int] = field(default_factory=list)  # of pass@k; empty: the number of samples
     temperature: float = 0.0  # 0: greedy
@@ -30,7 +31,7 @@ class EvalConfig:
     prompt: str | None = None  # key of PROMPTS or a template with {problem}; default: each benchmark's own
     reward: str | None = None  # as reward.function; default: each benchmark's own
     chat_template: bool | None = None  # default: where the tokenizer has one
-    out: str | None = None  # folder of the evaluation; default: evals/<model>-<format>
+    out: str | None = None  # folder of the evaluation; default: evals/<model>-<format>, then -<precision> if one is given
     engines: int = 1
     tensor_parallel_size: int = 1
     engine_args: dict[str, Any] = field(default_factory=dict)  # handed to vLLM under vLLM's names

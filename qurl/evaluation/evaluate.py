@@ -27,7 +27,7 @@ from qurl.learner.huggingface import check_weight_files
 from qurl.plan.model_facts import read_model_facts
 from qurl.plan.preflight import check_engine_args, check_model
 from qurl.plug import resolve
-from qurl.quantization import FORMATS
+from qurl.quantization import FORMATS, check_precision
 from qurl.rewards import REWARDS, VOTES, RewardPool, check_reward_function
 from qurl.rollout.request import Sampling
 from qurl.trainer.export import export_run, latest_checkpoint
@@ -71,6 +71,7 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
     first, with ValueError."""
     if config.format not in FORMATS:
         raise ConfigError(f"--format {config.format} is unknown; use one of {', '.join(FORMATS)}")
+    check_precision(FORMATS[config.format], config.precision)
     for name in config.benchmarks:
         resolve(REWARDS, reward_config(config, name).function, "--reward")
     place_engines(config, len(hardware.gpus()), hardware.num_cores())
@@ -95,8 +96,9 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
 
 
 def output_folder(config: EvalConfig) -> Path:
-    """--out, or evals/<model>-<format>."""
-    return Path(config.out or f"evals/{Path(config.model).name}-{config.format}").expanduser()
+    """--out, or evals/<model>-<format>, then -<precision> if one is given."""
+    words = [Path(config.model).name, config.format, *([config.precision] if config.precision else [])]
+    return Path(config.out or f"evals/{'-'.join(words)}").expanduser()
 
 
 def saved_config(config: EvalConfig, checkpoint: str | None, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, Any]:

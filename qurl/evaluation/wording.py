@@ -17,6 +17,7 @@ OPTIONS = {
     "data.prompt_template": "--prompt",
     "model.path": "MODEL",
     "quantization.ignore": "--ignore",
+    "quantization.precision": "--precision",
     "quantization=": "--format ",
     "reward.function": "--reward",
     "rollout.engine_args.": "--engine-arg ",

@@ -50,7 +50,7 @@ from qurl.learner.value_targets import fill_value_targets
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
 from qurl.observability.metrics import Last, Mean, Metric
 from qurl.plug import resolve
-from qurl.quantization import FORMATS, fold_invariant_scaling, scaled_linear_weights, select_targets
+from qurl.quantization import FORMATS, fold_invariant_scaling, scaled_linear_weights, select_targets, with_precision
 from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
 
@@ -118,8 +118,9 @@ class Learner:
         seed_everything(seed)
         weights = load_model(model)
         rounds = quantization.update_awareness is UpdateAwareness.stochastic_rounding
+        format, targets = resolve(FORMATS, quantization.format, "quantization.format"), _targets(weights, quantization)
         self._sender = WeightSender(
-            sync, resolve(FORMATS, quantization.format, "quantization.format"), _targets(weights, quantization),
+            sync, with_precision(format, quantization.precision, sorted(targets)), targets,
             _wire_dtype(engine_dtype), rank, world_size, rounding_seed=seed if rounds else None,
         )
         if quantization.update_awareness is UpdateAwareness.invariant_scaling:

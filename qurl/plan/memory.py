@@ -17,6 +17,7 @@ from qurl.learner.deepspeed_config import deepspeed_config, offload_device
 from qurl.learner.policy import LOGIT_BYTES
 from qurl.plan.model_facts import ModelFacts
 from qurl.quantization import FORMATS
+from qurl.quantization.axbxp import AxBxP, PackedAxBxP
 from qurl.quantization.grouped import GroupedFormat
 from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
@@ -114,8 +115,9 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
 
 def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], machine: Hardware, device: str) -> int:
     """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits are held decoded, in four bytes a weight, and
-    so is INT8 on a CPU without instructions for it where activations are not bfloat16. The larger of the two where guard may have
-    the engine hold them without quantization."""
+    so is INT8 on a CPU without instructions for it where activations are not bfloat16. Ax-BxP is multiplied as INT8, beside the
+    codes of the wire unless they are packed. The larger of the two where guard may have the engine hold them without
+    quantization."""
     if config.guard.action is GuardAction.full_precision and targets:
         ordinary = replace(config, guard=GuardConfig())
         quantized = engine_weight_bytes(ordinary, model, targets, machine, device)
@@ -124,9 +126,13 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
     quantization = FORMATS[config.quantization.format]
     is_wide = quantization.name == "int8" and config.rollout.dtype != "bfloat16" and device == "cpu"
     is_emulated = is_wide and bool(machine.cpu_flags) and not machine.int8_instructions
+    shapes = [shape for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets]
+    if isinstance(quantization, AxBxP):
+        as_int8 = replace(config, quantization=replace(config.quantization, format="int8", precision=None))
+        codes = 0 if isinstance(quantization, PackedAxBxP) else sum(map(math.prod, shapes))
+        return engine_weight_bytes(as_int8, model, targets, machine, device) + codes
     if not is_emulated and not isinstance(quantization, GroupedFormat):
         return on_wire
-    shapes = [shape for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets]
     if is_emulated:
         return on_wire + 3 * sum(map(math.prod, shapes))
     return on_wire + math.ceil(sum(math.prod(shape) * (32.0 - quantization.bits_per_weight(shape)) / 8 for shape in shapes))

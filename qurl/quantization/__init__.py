@@ -1,5 +1,6 @@
 """Quantization formats of the rollout weights and what is done with them. Needs torch alone, but for export_checkpoint."""
 
+from qurl.quantization.axbxp import AxBxP, PackedAxBxP, check_precision, parse, with_precision
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.changes import changed_codes
 from qurl.quantization.error_report import ErrorReport, MatrixError, error_report, matrix_error
@@ -33,10 +34,14 @@ FORMATS: dict[str, QuantizationFormat] = {
     "lobcq": LoBcq("lobcq", Layout(), LOBCQ_INT6),
     "lobcq_int8": LoBcq("lobcq_int8", Layout(codeword_bits=8), LOBCQ_INT8),
     "lobcq_w4a16": LoBcq("lobcq_w4a16", Layout(), LOBCQ_INT6, keeps_activations=True),
+    "axbxp": AxBxP("axbxp", parse("k2-w2g16-a3g1")),
+    "axbxp_k2l2": PackedAxBxP("axbxp_k2l2", parse("k2-w2g16-a4")),
+    "axbxp_k1l3": PackedAxBxP("axbxp_k1l3", parse("k1-w3g16-a7")),
 }
 """Formats by the name that `quantization.format` takes."""
 
 __all__ = [
-    "FORMATS", "ErrorReport", "MatrixError", "QuantizationFormat", "changed_codes", "error_report", "export_checkpoint",
-    "fold_invariant_scaling", "matrix_error", "rounding_generator", "scaled_linear_weights", "select_targets",
+    "FORMATS", "ErrorReport", "MatrixError", "QuantizationFormat", "changed_codes", "check_precision", "error_report",
+    "export_checkpoint", "fold_invariant_scaling", "matrix_error", "rounding_generator", "scaled_linear_weights", "select_targets",
+    "with_precision",
 ]

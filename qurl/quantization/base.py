@@ -70,6 +70,10 @@ class QuantizationFormat(ABC):
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """Bits on the wire, scales included, over the number of weights of a matrix of shape (O, I)."""
 
+    def of_layer(self, name: str) -> QuantizationFormat:
+        """The format as one layer has it; the wire is the same for all. name: of a Hugging Face module."""
+        return self
+
     def check_columns(self, columns: int) -> None:
         """Raises ValueError where a weight with so many columns cannot be encoded."""
         if self.has_whole_blocks and columns % self.block[1]:

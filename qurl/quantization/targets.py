@@ -17,7 +17,7 @@ def select_targets(linear_names: Sequence[str], ignore: Sequence[str]) -> frozen
     candidates = [*linear_names, OUTPUT_HEAD]  # a tied head is no linear layer of its own, yet may be named
     ignored = {name for name in candidates if name.rpartition(".")[2] == OUTPUT_HEAD}
     for pattern in ignore:
-        matches = {name for name in candidates if _matches(name, pattern)}
+        matches = {name for name in candidates if matches_pattern(name, pattern, "quantization.ignore")}
         if not matches:
             example = linear_names[0] if linear_names else "none"
             raise ValueError(
@@ -34,10 +34,11 @@ def select_targets(linear_names: Sequence[str], ignore: Sequence[str]) -> frozen
     return targets
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches_pattern(name: str, pattern: str, key: str) -> bool:
+    """Whether a module has a pattern of select_targets. key: that it was given for, which the ValueError names for a bad regex."""
     if not pattern.startswith("re:"):
         return f".{name}".endswith(f".{pattern}")
     try:
         return re.match(pattern.removeprefix("re:"), name) is not None
     except re.error as error:
-        raise ValueError(f"quantization.ignore={pattern!r} is no valid regular expression: {error}") from error
+        raise ValueError(f"{key}={pattern!r} is no valid regular expression: {error}") from error

@@ -141,12 +141,12 @@ class WeightSender:
     def decoded(self, module: str, weight: Tensor) -> Tensor:
         """What an engine holds of a module's weight once it was sent, decoded; float32 on the CPU."""
         if self._is_encoded(module):
-            return self._format.decode(self._codes(module, weight.detach().float())).float().cpu()
+            return self._format.of_layer(module).decode(self._codes(module, weight.detach().float())).float().cpu()
         return weight.detach().to(self._wire_dtype).float().cpu()
 
     def linear(self, module: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What an engine computes in a module of `targets` once its weight was sent; [..., O] in x's dtype."""
-        return self._format.linear(x, self._codes(module, weight.detach().float()), bias)
+        return self._format.of_layer(module).linear(x, self._codes(module, weight.detach().float()), bias)
 
     def set_full_precision(self, is_on: bool) -> None:
         """Whether the versions from now on are sent without encoding, as engines without quantization hold them. Such an engine and
@@ -197,7 +197,7 @@ class WeightSender:
         weight = tensor.detach().float()
         wire = self._codes(module, weight)
         if measure or module not in self._sqnr_db or self._update_noise is not None:
-            decoded = self._format.decode(wire)
+            decoded = self._format.of_layer(module).decode(wire)
             self._sqnr_db[module] = _sqnr_db(weight, decoded)
             if self._update_noise is not None and (ratio := self._update_noise.ratio(module, weight, decoded)) is not None:
                 progress.update_to_noise[module] = ratio

@@ -1,7 +1,7 @@
 """The vLLM side of qurl: low-precision linear layers whose weights can be replaced while the engine lives.
 
-    engine_args(format, ignore)  what LLM(), EngineArgs or LLMEngine must be given
-    register()                   vLLM's entry point; runs in every vLLM process
+    engine_args(format, ignore, precision)  what LLM(), EngineArgs or LLMEngine must be given
+    register()                              vLLM's entry point; runs in every vLLM process
 
 Importing this package imports nothing of vLLM."""
 
@@ -33,33 +33,40 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(NAME, "qurl.vllm_plugin.transfer", "QurlWeightTransferEngine")
 
 
-def engine_args(format: str, ignore: Sequence[str] = ()) -> dict[str, Any]:
+def engine_args(
+    format: str, ignore: Sequence[str] = (), precision: str | Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Keyword arguments for vLLM's LLM or EngineArgs: an engine that holds `format` and accepts qurl's weight stream.
 
-    format: key of qurl.quantization.FORMATS. ignore: as quantization.ignore. The model may be an ordinary checkpoint, which is
-    encoded while it loads. A pattern of `ignore` that matches nothing raises ValueError when the engine starts. Raises ValueError
-    for an unknown format."""
+    format: key of qurl.quantization.FORMATS. ignore, precision: as in the group quantization. The model may be an ordinary
+    checkpoint, which is encoded while it loads. A pattern that matches nothing raises ValueError when the engine starts. Raises
+    ValueError for an unknown format or setting."""
     import torch
 
     arguments = {
         "quantization": NAME,
-        "hf_overrides": {"quantization_config": quantization_config(format, ignore)},
+        "hf_overrides": {"quantization_config": quantization_config(format, ignore, precision=precision)},
         "weight_transfer_config": {"backend": NAME},
     }
     return arguments if torch.cuda.is_available() else arguments | {"worker_cls": "qurl.vllm_plugin.cpu_worker.QurlCpuWorker"}
 
 
-def quantization_config(format: str, ignore: Sequence[str] = (), *, encoded: bool = False) -> dict[str, Any]:
+def quantization_config(
+    format: str, ignore: Sequence[str] = (), *, encoded: bool = False, precision: str | Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The `quantization_config` entry of config.json that selects this plugin.
 
     encoded: the checkpoint already holds wire tensors (codes as "weight", scales by their suffixes) for the quantized modules;
     the entry then also says by which version of their layout and, where the format has codebooks, by the SHA-256 of which.
-    Raises ValueError for an unknown format."""
-    from qurl.quantization import FORMATS
+    Raises ValueError for an unknown format or setting."""
+    from qurl.quantization import FORMATS, check_precision
 
     if format not in FORMATS:
         raise ValueError(f"quantization.format={format!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
+    check_precision(FORMATS[format], precision)
     config: dict[str, Any] = {"quant_method": NAME, "format": format, "ignore": list(ignore), "encoded": encoded}
+    if precision is not None:
+        config["precision"] = precision if isinstance(precision, str) else dict(precision)
     return config | _encoding(FORMATS[format]) if encoded else config
 
 

@@ -96,19 +96,32 @@ def onednn_int8_is_exact() -> bool:
 def int8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 [T, I] and scales float32 [T, 1] of x [T, I], contiguous."""
     codes = torch.empty_like(x, dtype=torch.int8)
-    scale = torch.empty((x.shape[0], 1), dtype=torch.float32)
+    scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
     torch.ops._C.dynamic_scaled_int8_quant(codes, x, scale, None)
     return codes, scale
 
 
 def onednn_int8_linear(x: Tensor, handler_tensor: Tensor, rows: int, bias: Tensor | None) -> Tensor:
-    """x [T, I] contiguous -> [T, rows] in x's dtype; quantizes x per token.
+    """x [T, I] contiguous -> [T, rows] in x's dtype; quantizes x per token."""
+    return onednn_int8_product(*int8_quantize(x), handler_tensor, rows, bias, x.dtype)
+
+
+def onednn_int8_product(
+    codes: Tensor, scale: Tensor, handler_tensor: Tensor, rows: int, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Codes int8 [T, I] and scales float32 [T, 1] -> [T, rows] in `dtype`.
 
     The calls that vLLM's wrappers make, without their Python: a decode step makes them a hundred times."""
-    codes, scale = int8_quantize(x)
-    out = torch.empty((x.shape[0], rows), dtype=x.dtype)
+    out = torch.empty((codes.shape[0], rows), dtype=dtype)
     torch.ops._C.onednn_scaled_mm(out, codes, scale, None, None, bias, handler_tensor)
     return out
+
+
+def cuda_int8_product(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Codes int8 [T, I] and scales float32 [T, 1] -> [T, O] in bfloat16 or float16. weight: int8 [I, O], a transposed view."""
+    return ops.cutlass_scaled_mm(codes, weight, scale_a=scale, scale_b=weight_scale, out_dtype=dtype, bias=bias)
 
 
 def fused_norm_usable(x: Tensor, weight: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,11 +12,16 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from qurl.quantization import FORMATS, select_targets
+from qurl.quantization import FORMATS, select_targets, with_precision
+from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.base import QuantizationFormat
 from qurl.vllm_plugin import NAME, check_encoding
+from qurl.vllm_plugin.axbxp import one_precision
 from qurl.vllm_plugin.embedding import QurlEmbeddingMethod
 from qurl.vllm_plugin.linear import QurlLinearMethod
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @register_quantization_config(NAME)
@@ -26,11 +31,14 @@ class QurlConfig(QuantizationConfig):
     Names of patterns are Hugging Face's. What matches is known only when the whole model is built, so each layer asks
     `format_of` when its weights have been loaded."""
 
-    def __init__(self, format: QuantizationFormat, ignore: list[str], encoded: bool) -> None:
+    def __init__(
+        self, format: QuantizationFormat, ignore: list[str], encoded: bool, precision: str | Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
         self.format = format
         self.ignore = ignore
         self.encoded = encoded
+        self.precision = precision
         self._linear_names: list[str] = []
 
     @classmethod
@@ -43,7 +51,7 @@ class QurlConfig(QuantizationConfig):
         encoded = bool(config.get("encoded", False))
         if encoded:
             check_encoding(config)
-        return cls(FORMATS[name], list(config.get("ignore", ())), encoded)
+        return cls(FORMATS[name], list(config.get("ignore", ())), encoded, config.get("precision"))
 
     def get_name(self) -> Any:
         return NAME
@@ -75,7 +83,8 @@ class QurlConfig(QuantizationConfig):
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
 
     def format_of(self, names: list[str]) -> QuantizationFormat:
-        """The format of a fused module. Raises ValueError where only some of its parts are ignored, or as select_targets does."""
+        """The format of a fused module. Raises ValueError where only some of its parts are ignored, or their precisions differ, and
+        as select_targets and with_precision do."""
         chosen = [name in self._targets for name in names]
         if any(chosen) and not all(chosen):
             ignored = [name for name, is_target in zip(names, chosen, strict=True) if not is_target]
@@ -83,7 +92,17 @@ class QurlConfig(QuantizationConfig):
                 f"quantization.ignore={self.ignore} keeps {', '.join(ignored)} in full precision, but the engine runs "
                 f"{', '.join(names)} as one matrix; ignore all of them or none"
             )
-        return self.format if all(chosen) else FORMATS["none"]
+        if not all(chosen):
+            return FORMATS["none"]
+        return one_precision(self._started_with, names) if isinstance(self._started_with, AxBxP) else self._started_with
+
+    def with_precision(self, precision: str | Mapping[str, str] | None) -> QuantizationFormat:
+        """The format with a quantization.precision for this model. ValueError as qurl.quantization.with_precision."""
+        return with_precision(self.format, precision, sorted(self._targets))
+
+    @cached_property
+    def _started_with(self) -> QuantizationFormat:
+        return self.with_precision(self.precision)
 
     @cached_property
     def _targets(self) -> frozenset[str]:

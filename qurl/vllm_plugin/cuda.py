@@ -22,7 +22,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.fp8_block import BLOCK
-from qurl.vllm_plugin.kernels import CodeKernel, LayerShape, as_parameter
+from qurl.vllm_plugin import compat
+from qurl.vllm_plugin.kernels import CodeKernel, CodeProduct, LayerShape, as_parameter
 
 
 def select_cuda_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> CodeKernel:
@@ -87,6 +88,24 @@ class CudaChannelwise(CodeKernel):
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         rows, columns = self.code_shape
         return layer.weight.data.t()[:rows, :columns], layer.weight_scale.data.reshape(-1, 1)[:rows]
+
+
+class CudaCodes(CodeProduct):
+    """INT8 codes times INT8 codes, CUTLASS through vLLM. Codes lie as [I, O], a transposed view of [O, I]."""
+
+    def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
+        for name, tensor in (("weight", rows["weight"].t()), ("weight_scale", rows["weight_scale"])):
+            held = getattr(layer, name, None)
+            if held is None:
+                layer.register_parameter(name, as_parameter(tensor))
+            else:
+                held.data.copy_(tensor)
+
+    def multiply(self, layer: Any, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return compat.cuda_int8_product(codes, scale, layer.weight, layer.weight_scale, bias, dtype)
+
+    def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
+        return layer.weight.data.t(), layer.weight_scale.data
 
 
 class CudaBlockwise(CodeKernel):

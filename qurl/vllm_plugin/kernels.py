@@ -8,6 +8,7 @@
     fp8_block  the same.
     lobcq      and its variants: packed weights are multiplied, on the CPU in C++ that is compiled on first use, see
                qurl.vllm_plugin.lobcq (where that fails, as the others of 4 bits); on a GPU in Triton.
+    axbxp      see qurl.vllm_plugin.axbxp.
     4 bits     everywhere: activations rounded to the format's numbers, times the decoded weight in float32.
 
 The AMX kernel scales activations by 127/amax where oneDNN multiplies by 1/(amax/127): codes differ by one where a value lies
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter, functional
 
 from qurl.quantization import FORMATS
+from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.grouped import GroupedFormat
 from qurl.quantization.kernels.cpu.library import KernelsUnavailable
@@ -81,6 +83,19 @@ class CodeKernel(LinearKernel):
         return decode_parts(format, {"weight": codes, "weight_scale": scale}, partitions)
 
 
+class CodeProduct(CodeKernel):
+    """A kernel of int8 that can be given codes of activations."""
+
+    @abstractmethod
+    def multiply(self, layer: Any, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Codes int8 [T, I] and scales float32 [T, 1] of activations -> [T, O] in `dtype`."""
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() != 2:
+            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
+        return self.multiply(layer, *compat.int8_quantize(x), bias, x.dtype)
+
+
 def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> LinearKernel:
     """The kernel for a layer of this format. Raises ValueError where the device has none for it."""
     kernel: LinearKernel
@@ -91,6 +106,10 @@ def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> 
         kernel = CudaLoBcq(format)
     elif isinstance(format, GroupedFormat):
         kernel, reason = _grouped_kernel(format, shape)
+    elif isinstance(format, AxBxP):
+        from qurl.vllm_plugin.axbxp import select_axbxp_kernel
+
+        kernel = select_axbxp_kernel(format, layer, shape)
     elif shape.device.type == "cuda":
         from qurl.vllm_plugin.cuda import select_cuda_kernel
 
@@ -118,6 +137,11 @@ def _grouped_kernel(format: GroupedFormat, shape: LayerShape) -> tuple[LinearKer
 def _cpu_int8_kernel(shape: LayerShape) -> LinearKernel:
     if compat.amx_int8_usable(shape.rows, shape.columns, shape.dtype):
         return AmxInt8(shape)
+    return cpu_code_product(shape)
+
+
+def cpu_code_product(shape: LayerShape) -> CodeProduct:
+    """The fastest exact product of codes on this CPU but for AMX, whose kernel takes no codes."""
     if compat.onednn_int8_is_exact():
         return OneDnnInt8(shape)
     return NarrowInt8(shape) if shape.dtype == torch.bfloat16 and shape.columns % NarrowInt8.COLUMNS == 0 else WideInt8(shape)
@@ -131,11 +155,11 @@ class AmxInt8(CodeKernel):
         self.packed = self.scale = self.bias = torch.empty(0)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.packed = into(self.packed, compat.amx_int8_pack(rows["weight"]))
-        self.scale = into(self.scale, rows["weight_scale"])
+        self.packed = into_storage(self.packed, compat.amx_int8_pack(rows["weight"]))
+        self.scale = into_storage(self.scale, rows["weight_scale"])
         bias = getattr(layer, "bias", None)
         if bias is not None:
-            self.bias = into(self.bias, bias.data.float())
+            self.bias = into_storage(self.bias, bias.data.float())
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() != 2:
@@ -146,7 +170,7 @@ class AmxInt8(CodeKernel):
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
 
 
-class OneDnnInt8(CodeKernel):
+class OneDnnInt8(CodeProduct):
     """oneDNN through vLLM. The handler owns the packed codes and points into `scale`."""
 
     def __init__(self, shape: LayerShape) -> None:
@@ -156,20 +180,18 @@ class OneDnnInt8(CodeKernel):
         self.handler: Any = None
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.scale = into(self.scale, rows["weight_scale"])
+        self.scale = into_storage(self.scale, rows["weight_scale"])
         self.handler = compat.onednn_int8_handler(rows["weight"], self.scale, self.shape.dtype)
         self.handler_tensor = self.handler.handler_tensor
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dim() != 2:
-            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
-        return compat.onednn_int8_linear(x, self.handler_tensor, self.rows, bias)
+    def multiply(self, layer: Any, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return compat.onednn_int8_product(codes, scale, self.handler_tensor, self.rows, bias, dtype)
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return _probe_codes(self, layer, self.scale, self.shape), self.scale
 
 
-class FloatingInt8(CodeKernel):
+class FloatingInt8(CodeProduct):
     """INT8 codes that are multiplied in floating point, for CPUs without INT8 instructions: whole numbers below 2^24 are exact in
     float32, and so are their sums, in whatever order."""
 
@@ -184,16 +206,13 @@ class FloatingInt8(CodeKernel):
         """Activation codes int8 [T, I] times weight codes: [T, O], bfloat16 or float32."""
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.codes = into(self.codes, rows["weight"].to(self.HELD))
-        self.scale = into(self.scale, rows["weight_scale"])
+        self.codes = into_storage(self.codes, rows["weight"].to(self.HELD))
+        self.scale = into_storage(self.scale, rows["weight_scale"])
         self.row_scale = self.scale.view(1, -1)
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dim() != 2:
-            return self.apply(layer, x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], -1)
-        codes, scale = compat.int8_quantize(x)
+    def multiply(self, layer: Any, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = (self.sums(codes) * scale).mul_(self.row_scale)  # float32
-        return (out if bias is None else out.add_(bias)).to(x.dtype)
+        return (out if bias is None else out.add_(bias)).to(dtype)
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return self.codes.to(torch.int8), self.scale
@@ -238,8 +257,8 @@ class Emulation(CodeKernel):
         self.codes = self.scale = torch.empty(0)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.codes = into(self.codes, rows["weight"])
-        self.scale = into(self.scale, rows["weight_scale"])
+        self.codes = into_storage(self.codes, rows["weight"])
+        self.scale = into_storage(self.scale, rows["weight_scale"])
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.qurl.emulated_linear(x, self.codes, self.scale, bias, self.format_name, self.partitions)
@@ -273,7 +292,7 @@ class Decoded(LinearKernel):
         self.weight = torch.empty(0)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.weight = into(self.weight, torch.cat(decode_parts(self.format, rows, self.shape.partitions)))
+        self.weight = into_storage(self.weight, torch.cat(decode_parts(self.format, rows, self.shape.partitions)))
         layer.register_parameter("weight", as_parameter(self.weight))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -332,7 +351,7 @@ def decode_parts(format: QuantizationFormat, rows: Mapping[str, Tensor], partiti
     return [format.decode(wire) for wire in split_wire(format, rows, partitions)]
 
 
-def into(storage: Tensor, value: Tensor) -> Tensor:
+def into_storage(storage: Tensor, value: Tensor) -> Tensor:
     """`value` in the storage of the previous weights: whatever points to it stays right, and memory does not fragment."""
     if storage.shape != value.shape:  # there are none yet
         return value.detach().clone()

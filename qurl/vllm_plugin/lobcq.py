@@ -12,7 +12,7 @@ from qurl.quantization import FORMATS
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, has_kernel, kernel_of
 from qurl.quantization.lobcq import LoBcq
-from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, decode_parts, into
+from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, decode_parts, into_storage
 
 
 def is_for(format: QuantizationFormat, shape: LayerShape) -> bool:
@@ -33,7 +33,7 @@ class PackedLoBcq(LinearKernel):
         self.packed = torch.empty(0, dtype=torch.uint8)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.packed = into(self.packed, self.kernel.pack(rows))
+        self.packed = into_storage(self.packed, self.kernel.pack(rows))
         layer.register_parameter("weight", as_parameter(self.packed))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ vllm = pytest.importorskip("vllm")
 
 from qurl.quantization import FORMATS  # noqa: E402
 from qurl.vllm_plugin import engine_args  # noqa: E402
+from qurl.vllm_plugin.axbxp import switch_precision  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -41,10 +42,10 @@ def wire_tensors(parameters, format):
     return wire
 
 
-def start(folder, format):
+def start(folder, format, precision=None):
     """An engine that captures CUDA graphs; with its model's installer."""
     llm = vllm.LLM(model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=256, gpu_memory_utilization=0.3,
-                   generation_config="vllm", enable_prefix_caching=False, **engine_args(format))  # fmt: skip
+                   generation_config="vllm", enable_prefix_caching=False, **engine_args(format, precision=precision))  # fmt: skip
     return llm, llm.collective_rpc(lambda worker: worker)[0].weight_transfer_engine.installer
 
 
@@ -57,7 +58,7 @@ def generate(llm):
             for out in outputs]  # fmt: skip
 
 
-@pytest.mark.parametrize("format", ["none", "int8", "fp8", "fp8_block", "mxfp4", "lobcq"])
+@pytest.mark.parametrize("format", ["none", "int8", "fp8", "fp8_block", "mxfp4", "lobcq", "axbxp", "axbxp_k2l2"])
 def test_an_update_reaches_captured_graphs_and_equals_a_fresh_engine(tmp_path, format):
     write_model(tmp_path / "old", 0)
     new = write_model(tmp_path / "new", 1)
@@ -77,7 +78,7 @@ def test_an_update_reaches_captured_graphs_and_equals_a_fresh_engine(tmp_path, f
     torch.testing.assert_close(fresh_installer.read_back([name])[name].cpu(), FORMATS[format].decode(wire), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("format", ["int8", "fp8", "fp8_block", "mxfp4", "lobcq"])
+@pytest.mark.parametrize("format", ["int8", "fp8", "fp8_block", "mxfp4", "lobcq", "axbxp", "axbxp_k2l2"])
 def test_a_fused_layer_computes_what_the_format_says(tmp_path, format):
     parameters = write_model(tmp_path / "model", 0)
     _, installer = start(tmp_path / "model", format)
@@ -87,3 +88,18 @@ def test_a_fused_layer_computes_what_the_format_says(tmp_path, format):
     expected = torch.cat([FORMATS[format].linear(x.float(), wire) for wire in wires], dim=-1)
     # bfloat16 output, and activation codes at exact ties may go either way
     assert ((out - expected).norm() / expected.norm()) < 5e-3
+
+
+def test_a_precision_is_switched_in_captured_graphs(tmp_path):
+    write_model(tmp_path / "model", 0)
+    llm, installer = start(tmp_path / "model", "axbxp")
+    before = generate(llm)
+    tensors = {**dict(installer.model.named_parameters()), **dict(installer.model.named_buffers())}
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    switch_precision(llm, "k4-w1-a2")
+    after = generate(llm)
+    tensors = {**dict(installer.model.named_parameters()), **dict(installer.model.named_buffers())}
+    assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == addresses
+    assert before != after == generate(start(tmp_path / "model", "axbxp", "k4-w1-a2")[0])
+    with pytest.raises(ValueError, match="CUDA graphs"):
+        switch_precision(llm, "k4-w2-a2-noll")

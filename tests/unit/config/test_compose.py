@@ -1,5 +1,6 @@
 """Composition: presets, overrides, and errors in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,16 @@ def test_keys_below_dictionaries_need_no_plus_and_merge() -> None:
     assert config.rollout.engine_args == {"max_num_seqs": 64}
 
 
+def test_a_precision_is_a_word_or_a_mapping_of_patterns(tmp_path: Path) -> None:
+    by_layer = {"layers.1.down_proj": "k4-w1-a2", "re:model.layers.0.*": "k2-w4-a4"}
+    recipe = tmp_path / "by_layer.yaml"
+    recipe.write_text(f"defaults: [override /quantization: axbxp]\nquantization: {{precision: {json.dumps(by_layer)}}}\n")
+    assert compose([*NEEDED, "quantization=axbxp", "quantization.precision=k4-w1-a2"]).quantization.precision == "k4-w1-a2"
+    assert compose([*NEEDED, f"recipe={recipe}"]).quantization.precision == by_layer
+    short = compose([*NEEDED, "quantization=axbxp", "quantization.precision={down_proj:k4-w1-a2}"])
+    assert short.quantization.precision == {"down_proj": "k4-w1-a2"}
+
+
 def test_composition_does_not_depend_on_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert compose([*NEEDED, "algorithm=dapo"]).algorithm.policy_loss.clip_high == 0.28
@@ -81,8 +92,9 @@ def test_the_saved_configuration_of_a_run_composes_to_itself(tmp_path: Path) -> 
         ("+typo=1", "unknown key 'typo'"),
         ("++rollout.typo=1", "rollout has rollout.engine_args"),
         ("temperature=1", "evaluation.temperature or rollout.temperature"),
-        ("quantization=int9", "use one of fp8, fp8_block, int4, int8, lobcq, lobcq_int8, lobcq_w4a16, mxfp4, nf4, none, nvfp4"),
-        ("quantization=null", "use one of fp8"),
+        ("quantization=int9", "use one of axbxp, axbxp_k1l3, axbxp_k2l2, fp8, fp8_block, int4, int8, lobcq, "
+         "lobcq_int8, lobcq_w4a16, mxfp4, nf4, none, nvfp4"),
+        ("quantization=null", "use one of axbxp"),
         ("quantisation=int8", "did you mean quantization"),
         ("+model=gpt", "is not an option"),
         ("learner.dtype=bf16", "expected one of [float32, bfloat16]"),

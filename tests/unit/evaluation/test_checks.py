@@ -35,6 +35,8 @@ def folder(tmp_path_factory):
         ("sums", ["--prompt", "{problem} {level}"], "--prompt='{problem} {level}': KeyError"),
         ("sums", ["--tensor-parallel-size", "3"], "--tensor-parallel-size=3 does not divide the model's 2"),
         ("sums", ["--format", "int8", "--ignore", "mlp.upproj"], "mlp.upproj"),
+        ("sums", ["--format", "axbxp", "--precision", "k9-w1-a1"], "--precision='k9-w1-a1': blocks of 9 bits do not exist; use k1"),
+        ("sums", ["--format", "int8", "--precision", "k4-w1-a1"], "--precision needs --format axbxp, and int8 is given"),
         ("sums", ["--engine-arg", "max_num_seq=4"], "--engine-arg max_num_seq is no argument of vLLM's engine; did you"),
         ("sums", ["--engine-arg", "seed=4"], "--engine-arg seed is set by qurl itself"),
         ("sums", ["--engine-arg", "max_model_len=20"], "--engine-arg max_model_len=20 is shorter"),

@@ -84,6 +84,8 @@ def test_the_saved_configuration_leaves_out_what_no_sample_depends_on():
     changed = {"amc23": [replace(PROMPT, ground_truth="3")]}
     assert fingerprint(changed) != fingerprint(prompts)
     assert str(output_folder(config)) == "evals/a-none"
+    precise = replace(config, format="axbxp", precision="k4-w1-a2")
+    assert str(output_folder(precise)) == "evals/a-axbxp-k4-w1-a2"
 
 
 def test_engines_get_their_share_of_cores_or_gpus():

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from qurl.config import QuantizationConfig, UpdateAwareness
 from qurl.observability.metrics import reduce_metrics
-from qurl.quantization import fold_invariant_scaling
+from qurl.quantization import FORMATS, fold_invariant_scaling, with_precision
 
 SAMPLES = build_samples()
 TEMPERATURE = 0.8
@@ -104,6 +104,36 @@ def test_without_quantization_only_the_engine_and_older_weights_are_left(model_f
     for key, samples in (("staleness", old), ("engine", new)):
         alone = reduce_metrics(build_learner(model_folder).train_step([samples]).reports)
         assert found[f"mismatch/{key}_kl"] == pytest.approx(alone["mismatch/kl_rollout_old"], rel=1e-5)  # float32 logprobs
+
+
+class FormatLinear(nn.Module):
+    """What a format says that an engine computes."""
+
+    def __init__(self, format, linear):
+        super().__init__()
+        self.format, self.bias = format, linear.bias
+        self.wire = format.encode(linear.weight.detach())
+
+    def forward(self, x):
+        return self.format.linear(x, self.wire, self.bias)
+
+
+def test_every_layer_has_the_precision_that_the_engines_give_it(model_folder):
+    precision = {"down_proj": "k4-w1-a1g1", "layers.0.mlp.up_proj": "k2-w2g8-a2", "re:.*_proj": "k2-w4-a4"}
+    learner = build_learner(
+        model_folder, quantization=QuantizationConfig(format="axbxp", precision=precision), temperature=TEMPERATURE
+    )  # fmt: skip
+    model = build_model(tie_word_embeddings=True)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    format = with_precision(FORMATS["axbxp"], precision, names)
+    held = learner.decoded_weights(0, len(names))
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        layer = FormatLinear(format.of_layer(name), getattr(model.get_submodule(parent), leaf))
+        assert torch.equal(held[name], layer.format.decode(layer.wire))
+        setattr(model.get_submodule(parent), leaf, layer)
+    found = reduce_metrics(learner.probe(sampled_by(model, SAMPLES[:6]), 0).reports)
+    assert found["mismatch/quantization_kl"] > 1e-3 and found["mismatch/engine_kl"] < 0.05 * found["mismatch/quantization_kl"]
 
 
 @pytest.mark.parametrize("format", ["int8", "fp8", "fp8_block"])

@@ -85,6 +85,14 @@ def test_an_engine_holds_formats_of_four_bits_in_four_bytes_a_weight_and_the_pla
     assert any("nvfp4 is emulated" in warning for warning in planned.warnings)
 
 
+def test_an_engine_of_ax_bxp_holds_int8_and_beside_it_the_codes_of_the_wire_unless_they_are_packed(needed: list[str]) -> None:
+    names = ("int8", "axbxp", "axbxp_k2l2")
+    int8, axbxp, packed = (plan([*needed, f"quantization={name}"]) for name in names)
+    quantized = sum(math.prod(shape) for name, shape in int8.model.parameters.items() if name.endswith("_proj.weight"))
+    assert axbxp.wire_bytes == int8.wire_bytes > packed.wire_bytes
+    assert axbxp.engine.weights == int8.engine.weights + quantized and packed.engine.weights == int8.engine.weights
+
+
 def test_zero_stages_shard_what_they_say(needed: list[str]) -> None:
     memory = {
         stage: plan([*needed, "learner.num_ranks=4", "learner.dtype=bfloat16", f"learner.zero_stage={stage}"]).learner
@@ -222,6 +230,12 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["learner.deepspeed.zero_optimisation.stage=2"], LAPTOP, "did you mean zero_optimization"),
         (["reward.function=no_such_module:f"], LAPTOP, "reward.function"),
         (["quantization.ignore=[nonesuch]"], LAPTOP, "quantization.ignore"),
+        (["quantization=axbxp", "quantization.precision=k9"], LAPTOP, "quantization.precision='k9' is no setting"),
+        (["quantization=axbxp", "quantization.precision={nonesuch:k4-w1-a2}"], LAPTOP, "quantization.precision='nonesuch' matches"),
+        (
+            ["quantization=axbxp", "quantization.ignore=[down_proj]", "quantization.precision={down_proj:k4-w1-a2}"], LAPTOP,
+            "quantization.precision='down_proj' matches none",
+        ),
         (["rollout.engine_args.seed=1"], LAPTOP, "rollout.engine_args.seed"),
         (["rollout.engine_args.max_num_sqs=1"], LAPTOP, "did you mean max_num_seqs"),
         (["rollout.engine_args.max_model_len=100"], LAPTOP, "rollout.engine_args.max_model_len=100 is shorter"),

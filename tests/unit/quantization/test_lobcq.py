@@ -134,7 +134,7 @@ def test_the_error_of_a_layer_is_well_below_nvfp4_s(kind):
     x, weight = layers()[kind]
     exact = x.double() @ weight.double().T
     noise = {}
-    for name in ("mxfp4", "nvfp4", "lobcq", "lobcq_int8", "lobcq_w4a16"):
+    for name in ("mxfp4", "nvfp4", "lobcq", "lobcq_int8", "lobcq_w4a16", "axbxp", "axbxp_k2l2", "axbxp_k1l3"):
         out = FORMATS[name].linear(x, FORMATS[name].encode(weight)).double()
         noise[name] = float((out - exact).square().sum() / exact.square().sum())
     print(kind, {name: round(value, 5) for name, value in noise.items()})
