@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from qurl.quantization import FORMATS
 from qurl.quantization.lobcq import Layout, LoBcq
 from qurl.vllm_plugin import lobcq_cuda
-from qurl.vllm_plugin.kernels import Decoded, LayerShape, rows_of, select_kernel
+from qurl.vllm_plugin.kernels import LayerShape, rows_of, select_kernel
 from qurl.vllm_plugin.lobcq_cuda import CudaLoBcq
 
 PARTITIONS, COLUMNS = (7, 130), 128
@@ -31,9 +31,9 @@ def loaded(name, kernel=None, layer=None, seed=0):
 
 @pytest.mark.parametrize("name", ["lobcq", "lobcq_int8", "lobcq_w4a16"])
 def test_layers_on_a_gpu_get_the_kernel_and_layers_on_a_cpu_do_not(name):
-    for device, kind in (("cuda", CudaLoBcq), ("cpu", Decoded)):
+    for device, is_for_gpus in (("cuda", True), ("cpu", False)):
         shape = LayerShape(partitions=PARTITIONS, columns=COLUMNS, dtype=torch.bfloat16, device=torch.device(device))
-        assert type(select_kernel(FORMATS[name], nn.Module(), shape)) is kind
+        assert isinstance(select_kernel(FORMATS[name], nn.Module(), shape), CudaLoBcq) is is_for_gpus
 
 
 def test_arrays_too_short_for_tensor_cores_are_refused():
