@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -113,7 +114,7 @@ def build_folder() -> Path:
 
 
 def _compile(compiler: str, out: Path) -> None:
-    command = [compiler, *FLAGS, "-o", str(out), str(FOLDER / SOURCES[0])]
+    command = [*shlex.split(compiler), *FLAGS, "-o", str(out), str(FOLDER / SOURCES[0])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
