@@ -17,7 +17,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ def folder_digest(folder: Path) -> str:
 def _read_report(out: Path) -> QuantizeReport:
     content = json.loads((out / REPORT).read_text())
     content["matrices"] = [MatrixReport(**matrix) for matrix in content["matrices"]]
-    return QuantizeReport(**{key: content[key] for key in QuantizeReport.__slots__})
+    return QuantizeReport(**{field.name: content[field.name] for field in fields(QuantizeReport)})
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
