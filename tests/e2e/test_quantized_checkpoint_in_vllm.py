@@ -75,7 +75,7 @@ def reference_logprobs(model):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "mxfp4", "nvfp4", "int4", "nf4", "lobcq"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "mxfp4", "nvfp4", "int4", "nf4", "lobcq", "axbxp", "axbxp_k1l3"])
 def test_a_checkpoint_is_served_as_the_engine_that_encodes_while_it_loads_and_as_the_format_says(source, tmp_path, name):
     out = tmp_path / "out"
     report = quantize_folder(source, out, QuantizeSettings(format=name))
