@@ -268,9 +268,11 @@ def _guard(config: GuardConfig, quantization: QuantizationConfig) -> None:
     _require(0 < fraction <= 1, "guard.recovery_fraction", fraction, "a number in (0, 1]")
     is_idle = config.action is not GuardAction.warn and not config.has_limit
     _require(not is_idle, "guard.action", config.action.name, "guard.max_kl, max_ratio or max_repetition with it, or warn")
-    falls_back = config.action is GuardAction.full_precision
     is_quantized = quantization.format != "none"
-    _require(is_quantized or not falls_back, "guard.action", "full_precision", "warn or stop with quantization=none")
+    _require(is_quantized or not config.action.falls_back, "guard.action", config.action.name, "warn or stop with quantization=none")
+    raises = config.action is GuardAction.raise_precision
+    works = f"quantization=axbxp with it, or full_precision with quantization={quantization.format}"
+    _require(not raises or quantization.format == "axbxp", "guard.action", "raise_precision", works)
 
 
 def _evaluation(config: EvaluationConfig) -> None:
