@@ -50,7 +50,14 @@ from qurl.learner.value_targets import fill_value_targets
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
 from qurl.observability.metrics import Last, Mean, Metric
 from qurl.plug import resolve
-from qurl.quantization import FORMATS, QuantizationFormat, fold_invariant_scaling, scaled_linear_weights, select_targets, with_precision
+from qurl.quantization import (
+    FORMATS,
+    QuantizationFormat,
+    fold_invariant_scaling,
+    scaled_linear_weights,
+    select_targets,
+    with_precision,
+)
 from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
 

@@ -155,8 +155,8 @@ def check_raised_precision(config: TrainConfig, targets: frozenset[str], device:
     remedy = "or guard.action=full_precision"
     if all(precision.keeps_all for precision in precisions):
         raise ConfigError(
-            f"guard.action=raise_precision cannot run: quantization.precision={setting} keeps all blocks already; use one that drops "
-            f"some, e.g. {cast(AxBxP, format).precision}, {remedy}"
+            f"guard.action=raise_precision cannot run: quantization.precision={setting} keeps all blocks already; use one that "
+            f"drops some, e.g. {cast(AxBxP, format).precision}, {remedy}"
         )
     fixed = [precision for precision in precisions if precision.structure != ALL_BLOCKS.structure]
     if device == "cuda" and fixed:

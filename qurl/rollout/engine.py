@@ -110,8 +110,8 @@ class RolloutEngine:
         return self._call(lambda: self._commit_weight_update(version, manifest))
 
     def set_precision(self, precision: str | Mapping[str, str] | None) -> Future[float]:
-        """Multiply other blocks of the codes (quantization=axbxp; as quantization.precision). Samples nothing until the next commit.
-        Seconds that it took."""
+        """Multiply other blocks of the codes, as quantization.precision says for quantization=axbxp; samples nothing until the next
+        commit. Seconds that it took."""
         return self._call(lambda: self._set_precision(precision))
 
     def read_back(self, module_names: list[str]) -> Future[dict[str, Any]]:

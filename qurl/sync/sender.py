@@ -152,9 +152,9 @@ class WeightSender:
     def set_fallback(self, fallback: QuantizationFormat | None) -> None:
         """What engines hold from the next version on; None: the format given at the start, with which `linear` stays.
 
-        The fallback is the format "none", whose versions are sent without encoding, or the same format with another precision, whose
-        wire is the same. An engine without quantization and one with it cannot follow each other's updates; what changes and deltas
-        are told from is then forgotten."""
+        The fallback is the format "none", whose versions are sent without encoding, or the same format with another precision,
+        which has the same wire. An engine without quantization and one with it cannot follow each other's updates; what changes and
+        deltas are told from is then forgotten."""
         held = self._format if fallback is None else fallback
         assert held.name in (UNQUANTIZED, self._format.name)
         changes_wire = held.name != self._held.name

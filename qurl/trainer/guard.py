@@ -1,10 +1,10 @@
 """Looks at each iteration's mismatch and repetition, and answers where a limit of `guard` is passed.
 
-Falling back, to full precision or to all blocks of Ax-BxP, needs a way to tell when to return, and what is sampled in the fallback
+Falling back, to full precision or to all blocks of Ax-BxP, needs a way to tell when to return, and what is sampled in a fallback
 says nothing of the configured quantization. The probe does: it computes what the policy quantized as configured would make of the
-tokens that were sampled. So in the fallback every iteration is probed, and the limits are held against quantization_kl and quantization_ratio_max in place of
-kl_rollout_old and ratio_max. Both lack the engine's own part, and the ratio is over fewer tokens; the distance between a limit and
-recovery_fraction of it covers that, and keeps the pool from going back and forth."""
+tokens that were sampled. So in a fallback every iteration is probed, and the limits are held against quantization_kl and
+quantization_ratio_max in place of kl_rollout_old and ratio_max. Both lack the engine's own part, and the ratio is over fewer
+tokens; the distance between a limit and recovery_fraction of it covers that, and keeps the pool from going back and forth."""
 
 from __future__ import annotations
 

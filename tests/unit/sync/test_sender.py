@@ -98,7 +98,8 @@ def test_a_raised_precision_decodes_as_engines_then_hold_it_and_changes_nothing_
     sent = [[(r.num_bytes, r.num_codes, r.num_changed_codes) for r in each] for each in (reports, while_raised, returned)]
     assert sent[0] == sent[1] == sent[2] and sent[0][1][1] > 0  # what changed is told through a switch
     quality = [[r.sqnr_min_db for r in each] for each in (reports, while_raised, returned)]
-    assert min(quality[1][1:]) > 38 > 30 > max(quality[0]) and quality[2] == [*quality[1][:3], pytest.approx(quality[0][3], abs=0.5)]
+    assert min(quality[1][1:]) > 38 > 30 > max(quality[0])
+    assert quality[2] == [*quality[1][:3], pytest.approx(quality[0][3], abs=0.5)]
 
 
 def test_only_floating_point_tensors_are_cast():
