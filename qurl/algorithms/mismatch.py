@@ -64,8 +64,9 @@ def mismatch_parts(
     nearly independent draws, and engine_kl is about as large as quantization_kl. Engine and learner both in float32 leave
     engine_kl near 0.
 
-    is_quantized: False where the engines sampled from full-precision weights. Quantization is then what it would be, and engine and
-    staleness are told from pi_old.
+    is_quantized: False where the engines sampled with another arithmetic than that of pi_q: full precision, or more blocks of
+    Ax-BxP. Quantization is then what it would be; engine and staleness are told from pi_old, and what that arithmetic loses is
+    among them.
 
     A part without tokens is left out. Log ratios are clamped to +-20; everything joins exactly over micro-batches and ranks."""
     old, quantized, rollout = (logprobs.detach() for logprobs in (old_logprobs, quantized_logprobs, rollout_logprobs))

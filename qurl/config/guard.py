@@ -11,7 +11,13 @@ class GuardAction(Enum):
 
     warn = "warn"  # a line in the log
     full_precision = "full_precision"  # the pool samples from unquantized weights until the quantized ones would do again
+    raise_precision = "raise_precision"  # of quantization=axbxp: the pool multiplies all blocks, as int8 does, until then
     stop = "stop"  # a checkpoint, then exit code 3
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether the pool samples otherwise than configured for a while."""
+        return self in (GuardAction.full_precision, GuardAction.raise_precision)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,8 +28,8 @@ class GuardConfig:
     max_kl: float | None = None  # of mismatch/kl_rollout_old, nats per token
     max_ratio: float | None = None  # of mismatch/ratio_max
     max_repetition: float | None = None  # of rollout/repetition_fraction
-    recovery_steps: int = 5  # with full_precision: so many iterations in a row below recovery_fraction of every limit end it;
-    recovery_fraction: float = 0.5  # probe.num_samples of each say what the quantized policy would be
+    recovery_steps: int = 5  # so many iterations in a row below recovery_fraction of every limit end a fallback;
+    recovery_fraction: float = 0.5  # probe.num_samples of each say what the configured policy would be
 
     @property
     def has_limit(self) -> bool:

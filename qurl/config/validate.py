@@ -268,9 +268,10 @@ def _guard(config: GuardConfig, quantization: QuantizationConfig) -> None:
     _require(0 < fraction <= 1, "guard.recovery_fraction", fraction, "a number in (0, 1]")
     is_idle = config.action is not GuardAction.warn and not config.has_limit
     _require(not is_idle, "guard.action", config.action.name, "guard.max_kl, max_ratio or max_repetition with it, or warn")
-    falls_back = config.action is GuardAction.full_precision
-    is_quantized = quantization.format != "none"
-    _require(is_quantized or not falls_back, "guard.action", "full_precision", "warn or stop with quantization=none")
+    action, format = config.action, quantization.format
+    _require(format != "none" or not action.falls_back, "guard.action", action.name, "warn or stop with quantization=none")
+    fits = action is not GuardAction.raise_precision or format == "axbxp"
+    _require(fits, "guard.action", action.name, f"quantization=axbxp with it, or full_precision with quantization={format}")
 
 
 def _evaluation(config: EvaluationConfig) -> None:

@@ -138,9 +138,9 @@ class LearnerGroup:
         """Stream all weights to the engines as `version`; full: whole tensors only. Raises SyncError, LearnerDied."""
         return merge_send_reports(await self._call_all("send_weights", version, list(engines), full))
 
-    async def set_full_precision(self, is_on: bool) -> None:
-        """Whether the weights are sent without encoding from now on, to engines that were started without quantization."""
-        await self._call_all("set_full_precision", is_on)
+    async def set_fallback(self, fallback: QuantizationConfig | None) -> None:
+        """What engines hold from the next version on instead of the configured quantization; None: that one."""
+        await self._call_all("set_fallback", fallback)
 
     async def decoded_weights(self, start: int, count: int) -> dict[str, Any]:
         """Linear modules as engines must hold them, decoded; see Learner."""

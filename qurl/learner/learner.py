@@ -50,7 +50,14 @@ from qurl.learner.value_targets import fill_value_targets
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
 from qurl.observability.metrics import Last, Mean, Metric
 from qurl.plug import resolve
-from qurl.quantization import FORMATS, fold_invariant_scaling, scaled_linear_weights, select_targets, with_precision
+from qurl.quantization import (
+    FORMATS,
+    QuantizationFormat,
+    fold_invariant_scaling,
+    scaled_linear_weights,
+    select_targets,
+    with_precision,
+)
 from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
 
@@ -118,9 +125,9 @@ class Learner:
         seed_everything(seed)
         weights = load_model(model)
         rounds = quantization.update_awareness is UpdateAwareness.stochastic_rounding
-        format, targets = resolve(FORMATS, quantization.format, "quantization.format"), _targets(weights, quantization)
+        targets = _targets(weights, quantization)
         self._sender = WeightSender(
-            sync, with_precision(format, quantization.precision, sorted(targets)), targets,
+            sync, _format(quantization, targets), targets,
             _wire_dtype(engine_dtype), rank, world_size, rounding_seed=seed if rounds else None,
         )
         if quantization.update_awareness is UpdateAwareness.invariant_scaling:
@@ -178,7 +185,7 @@ class Learner:
                 quantized = self._logprobs(self._engine, batch)
             is_stale = spread([float(sample.weight_version < version) for sample in samples], batch) > 0
             reports.append(mismatch_parts(
-                old, quantized, batch.rollout_logprobs, batch.loss_mask, is_stale, is_quantized=not self._sender.full_precision,
+                old, quantized, batch.rollout_logprobs, batch.loss_mask, is_stale, is_quantized=not self._sender.is_fallen_back,
             ))
         return StepResult(reports=reports, timings={"time/probe_s": time.perf_counter() - start})
 
@@ -285,9 +292,9 @@ class Learner:
             for _ in tensors:  # after an error, still take part in gathering, or the other ranks would wait forever
                 pass
 
-    def set_full_precision(self, is_on: bool) -> None:
-        """Whether the weights are sent without encoding from now on."""
-        self._sender.set_full_precision(is_on)
+    def set_fallback(self, fallback: QuantizationConfig | None) -> None:
+        """What engines hold from the next version on instead of the configured quantization; None: that one. See WeightSender."""
+        self._sender.set_fallback(None if fallback is None else _format(fallback, self._sender.targets))
 
     def decoded_weights(self, start: int, count: int) -> dict[str, Tensor]:
         """What an engine must hold after send_weights: `count` linear modules from position `start` on, going round, decoded to
@@ -348,6 +355,11 @@ def _targets(model: nn.Module, quantization: QuantizationConfig) -> frozenset[st
     if quantization.format == "none":
         return frozenset()
     return select_targets(linear_names(model), quantization.ignore)
+
+
+def _format(quantization: QuantizationConfig, targets: frozenset[str]) -> QuantizationFormat:
+    format = resolve(FORMATS, quantization.format, "quantization.format")
+    return with_precision(format, quantization.precision, sorted(targets))
 
 
 def _wire_dtype(name: str) -> torch.dtype:

@@ -18,7 +18,7 @@ SHOWN = {  # what the console shows of METRICS, where it was logged
     "critic explains": "critic/explained_variance",
     "KL rollout-old": "mismatch/kl_rollout_old", "ratio max": "mismatch/ratio_max",
     "quantization KL": "mismatch/quantization_kl", "engine KL": "mismatch/engine_kl", "staleness KL": "mismatch/staleness_kl",
-    "looping": "rollout/repetition_fraction", "full precision": "rollout/full_precision", "stage": "rollout/stage",
+    "looping": "rollout/repetition_fraction", "fallback": "rollout/fallback", "stage": "rollout/stage",
     "batches sampled": "rollout/num_generations", "codes changed": "sync/changed_code_fraction",
     "update / noise": "quantization/update_to_noise_mean", "step s": "time/step_s",
 }

@@ -45,7 +45,7 @@ PANELS = (
     Panel(title="Mismatch in parts (probe)", unit="nats per token", log=True,
           keys=("mismatch/quantization_kl", "mismatch/engine_kl", "mismatch/staleness_kl")),
     Panel(title="Effective sample size of the weights", keys=("mismatch/ess_fraction",), unit="fraction"),
-    Panel(title="Pool in full precision (guard)", keys=("rollout/full_precision",)),
+    Panel(title="Pool in a fallback (guard)", keys=("rollout/fallback",)),
     Panel(title="Tokens cut by a clip bound", keys=("policy/clip_high_fraction", "policy/clip_low_fraction"), unit="fraction"),
     Panel(title="Tokens touched by truncation and ACR", unit="fraction",
           keys=("mismatch/truncated_fraction", "acr/widened_fraction", "acr/changed_fraction", "mismatch/rejected_fraction")),

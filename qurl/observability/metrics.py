@@ -117,7 +117,7 @@ METRICS: dict[str, str] = {
     "rollout/truncated_fraction": "responses cut at max_response_tokens",
     "rollout/repetition_fraction": "responses that end in a loop: 64 tokens with a period of at most 16",
     "rollout/filtered_fraction": "truncated responses left out of the loss; only with algorithm.overlong.filter",
-    "rollout/full_precision": "1 while guard keeps the pool in full precision; only with guard.action=full_precision",
+    "rollout/fallback": "1 while the pool samples as guard.action says; only with full_precision and raise_precision",
     "rollout/stage": "entries of `stages` that have begun; only where there are any",
     "rollout/num_generations": "batches sampled for the iteration; only with dynamic sampling, as the next two",
     "rollout/num_trained_groups": "groups trained",

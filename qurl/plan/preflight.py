@@ -6,10 +6,11 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
 from qurl.config.data import DatasetConfig
+from qurl.config.guard import GuardAction
 from qurl.config.quantization import UpdateAwareness
 from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
@@ -17,6 +18,7 @@ from qurl.learner.deepspeed_config import deepspeed_config, known_deepspeed_keys
 from qurl.plan.model_facts import HUB_NAME, ModelFacts
 from qurl.plug import resolve
 from qurl.quantization import FORMATS, check_precision, select_targets, with_precision
+from qurl.quantization.axbxp import ALL_BLOCKS, AxBxP
 from qurl.rewards import REWARDS, check_reward_function
 from qurl.rollout.vllm_engine import CONTROLLED_ARGS, known_engine_args
 
@@ -141,3 +143,24 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from error
     return targets
+
+
+def check_raised_precision(config: TrainConfig, targets: frozenset[str], device: str) -> None:
+    """guard.action=raise_precision has blocks to add, which engines on `device` can do while they live. Raises ConfigError."""
+    if config.guard.action is not GuardAction.raise_precision:
+        return
+    format, setting = FORMATS[config.quantization.format], config.quantization.precision
+    assigned = with_precision(format, setting, sorted(targets))
+    precisions = sorted({cast(AxBxP, assigned.of_layer(name)).precision for name in targets}, key=str)
+    remedy = "or guard.action=full_precision"
+    if all(precision.keeps_all for precision in precisions):
+        raise ConfigError(
+            f"guard.action=raise_precision cannot run: quantization.precision={setting} keeps all blocks already; use one that "
+            f"drops some, e.g. {cast(AxBxP, format).precision}, {remedy}"
+        )
+    fixed = [precision for precision in precisions if precision.structure != ALL_BLOCKS.structure]
+    if device == "cuda" and fixed:
+        raise ConfigError(
+            f"guard.action=raise_precision cannot run: an engine on a GPU, whose graphs have been captured, cannot change from "
+            f"quantization.precision={fixed[0]} to {ALL_BLOCKS}; use activations without a group or with g1 and no -noll, {remedy}"
+        )

@@ -22,7 +22,7 @@ from qurl.plan.memory import (
     wire_bytes,
 )
 from qurl.plan.model_facts import ModelFacts, read_model_facts
-from qurl.plan.preflight import check_datasets, check_model, check_names
+from qurl.plan.preflight import check_datasets, check_model, check_names, check_raised_precision
 from qurl.quantization import FORMATS
 from qurl.quantization.grouped import GroupedFormat
 
@@ -77,6 +77,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
         raise ConfigError(f"rollout.tensor_parallel_size={size}: an engine stays on a node, whose GPUs are {len(machine.gpus)}")
     model = read_model_facts(config.model)
     targets = check_model(config, model)
+    check_raised_precision(config, targets, placement.device)
     wire = wire_bytes(config, model, targets)
     learner = learner_memory(config, model, wire, targets)
     if (critic := read_critic_facts(config, model)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import ray
@@ -51,6 +51,10 @@ class EngineActor:
     async def commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> float:
         """See RolloutEngine."""
         return await asyncio.wrap_future(self._engine.commit_weight_update(version, manifest))
+
+    async def set_precision(self, precision: str | Mapping[str, str] | None) -> float:
+        """See RolloutEngine."""
+        return await asyncio.wrap_future(self._engine.set_precision(precision))
 
     async def read_back(self, module_names: list[str]) -> dict[str, Any]:
         """See RolloutEngine."""

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,6 +108,11 @@ class RolloutEngine:
     def commit_weight_update(self, version: int, manifest: list[TensorRecord]) -> Future[float]:
         """Check completeness, reset the prefix cache, take up sampling. Seconds spent verifying and installing."""
         return self._call(lambda: self._commit_weight_update(version, manifest))
+
+    def set_precision(self, precision: str | Mapping[str, str] | None) -> Future[float]:
+        """Multiply other blocks of the codes, as quantization.precision says for quantization=axbxp; samples nothing until the next
+        commit. Seconds that it took."""
+        return self._call(lambda: self._set_precision(precision))
 
     def read_back(self, module_names: list[str]) -> Future[dict[str, Any]]:
         """Decoded float32 weights that the engine really holds, for the audit and for tests."""
@@ -262,3 +267,9 @@ class RolloutEngine:
         self._engine.set_weight_version(str(version))
         self._version = version
         return max(report.install_s for report in self._engine.collective_rpc(install_report))
+
+    def _set_precision(self, precision: str | Mapping[str, str] | None) -> float:
+        from qurl.vllm_plugin.axbxp import switch_precision
+
+        self._version = None  # the weights are those of a version that was sampled with other blocks
+        return switch_precision(self._engine, precision)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,12 +82,27 @@ class RolloutPool:
     async def restart(self, start_actor: Callable[[str], Any]) -> None:
         """Replace all engines by those that `start_actor` starts, now and later. They wait for weights; prompts under way are
         dispatched again. None of it counts as a loss. Raises what the first failing one raised."""
-        for engine in [*self._engines, *self._joining]:
-            engine.lost.set()
-            ray.kill(engine.handle)
+        _abandon([*self._engines, *self._joining])
         self._engines, self._start_actor = [], start_actor
         self._joining.clear()
         self._engines = await self._started_engines()
+
+    async def set_precision(self, precision: str | Mapping[str, str] | None, start_actor: Callable[[str], Any]) -> None:
+        """Have all engines multiply other blocks (quantization=axbxp) and sample again after the next weight update; `start_actor`
+        starts engines that do so from now on. Successors on their way make room for such, which is no loss; an engine that does not
+        follow is one."""
+        self._start_actor = start_actor
+        joining, self._joining = self._joining, set()
+        _abandon(joining)
+        for _ in joining:
+            self._start_successor()
+        await asyncio.gather(*(self._set_precision(engine, precision) for engine in list(self._engines)))
+
+    async def _set_precision(self, engine: _Engine, precision: str | Mapping[str, str] | None) -> None:
+        try:
+            await engine.handle.set_precision.remote(precision)
+        except RayError as error:
+            self._lose(engine, f"it did not take quantization.precision={precision} ({one_line(remote_cause(error))})")
 
     async def _started_engines(self) -> list[_Engine]:
         engines = [self._new_engine() for _ in range(self._config.num_engines)]
@@ -230,12 +245,15 @@ class RolloutPool:
                        f"{self._config.max_engine_restarts} is used up")  # fmt: skip
             return
         logger.warning("engine %s was lost: %s; starting another", engine.engine_id, reason)
+        self._start_successor()
+
+    def _start_successor(self) -> None:
         successor = self._new_engine()
         self._joining.add(successor)
         self._spawn(self._join(successor))
 
     async def _join(self, engine: _Engine) -> None:
-        """Start a successor and have it take over, unless a restart makes it one too many."""
+        """Start a successor and have it take over, unless it is abandoned meanwhile."""
         try:
             await engine.handle.start.remote()
             assert self.refresh is not None, "the trainer sets refresh before anything is sampled"
@@ -269,6 +287,12 @@ class RolloutPool:
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _abandon(engines: Iterable[_Engine]) -> None:
+    for engine in engines:
+        engine.lost.set()
+        ray.kill(engine.handle)
 
 
 async def _as_future(ref: Any) -> Any:

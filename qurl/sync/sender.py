@@ -91,9 +91,9 @@ class WeightSender:
         assert 0 <= rank < world_size
         self._config = config
         self._format = quantization_format
+        self._held = quantization_format  # by engines; see set_fallback
         self.targets = targets if quantization_format.name != UNQUANTIZED else frozenset()
         self._wire_dtype = wire_dtype
-        self.full_precision = False  # see set_full_precision
         self._rank = rank
         self._rounding_seed = rounding_seed
         self._version = 0  # sent last
@@ -141,29 +141,41 @@ class WeightSender:
     def decoded(self, module: str, weight: Tensor) -> Tensor:
         """What an engine holds of a module's weight once it was sent, decoded; float32 on the CPU."""
         if self._is_encoded(module):
-            return self._format.of_layer(module).decode(self._codes(module, weight.detach().float())).float().cpu()
+            return self._held.of_layer(module).decode(self._codes(module, weight.detach().float())).float().cpu()
         return weight.detach().to(self._wire_dtype).float().cpu()
 
     def linear(self, module: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What an engine computes in a module of `targets` once its weight was sent; [..., O] in x's dtype."""
+        """What an engine computes in a module of `targets` once its weight was sent, unless it is in a fallback; [..., O] in x's
+        dtype."""
         return self._format.of_layer(module).linear(x, self._codes(module, weight.detach().float()), bias)
 
-    def set_full_precision(self, is_on: bool) -> None:
-        """Whether the versions from now on are sent without encoding, as engines without quantization hold them. Such an engine and
-        one with it cannot follow each other's updates; what changes and deltas are told from is forgotten."""
-        if is_on == self.full_precision:
+    def set_fallback(self, fallback: QuantizationFormat | None) -> None:
+        """What engines hold from the next version on; None: the format given at the start, with which `linear` stays.
+
+        The fallback is the format "none", whose versions are sent without encoding, or the same format with another precision,
+        which has the same wire. An engine without quantization and one with it cannot follow each other's updates; what changes and
+        deltas are told from is then forgotten."""
+        held = self._format if fallback is None else fallback
+        assert held.name in (UNQUANTIZED, self._format.name)
+        changes_wire = held.name != self._held.name
+        self._held = held
+        self._sqnr_db.clear()
+        if not changes_wire:
             return
-        self.full_precision = is_on
         self._previous.clear()
         self._previous_version = None
-        self._sqnr_db.clear()
         if self._update_noise is not None:
             self._update_noise = UpdateNoise()
+
+    @property
+    def is_fallen_back(self) -> bool:
+        """Whether engines hold something else than the format given at the start."""
+        return self._held is not self._format
 
     # ---- encoding ---------------------------------------------------------------------------------------------------
 
     def _is_encoded(self, module: str) -> bool:
-        return module in self.targets and not self.full_precision
+        return module in self.targets and self._held.name != UNQUANTIZED
 
     def _buckets(
         self, version: int, base_version: int | None, tensors: Iterable[tuple[str, Tensor]], progress: _Progress
@@ -197,7 +209,7 @@ class WeightSender:
         weight = tensor.detach().float()
         wire = self._codes(module, weight)
         if measure or module not in self._sqnr_db or self._update_noise is not None:
-            decoded = self._format.of_layer(module).decode(wire)
+            decoded = self._held.of_layer(module).decode(wire)
             self._sqnr_db[module] = _sqnr_db(weight, decoded)
             if self._update_noise is not None and (ratio := self._update_noise.ratio(module, weight, decoded)) is not None:
                 progress.update_to_noise[module] = ratio

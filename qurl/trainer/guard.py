@@ -1,23 +1,32 @@
 """Looks at each iteration's mismatch and repetition, and answers where a limit of `guard` is passed.
 
-Falling back to full precision needs a way to tell when to return, and rollouts in full precision say nothing of quantized ones. The
-probe does: it computes what the quantized policy would make of the tokens that were sampled. So while the pool samples in full
-precision every iteration is probed, and the limits are held against quantization_kl and quantization_ratio_max in place of
-kl_rollout_old and ratio_max. Both lack the engine's own part, and the ratio is over fewer tokens; the distance between a limit and
-recovery_fraction of it covers that, and keeps the pool from going back and forth."""
+Falling back, to full precision or to all blocks of Ax-BxP, needs a way to tell when to return, and what is sampled in a fallback
+says nothing of the configured quantization. The probe does: it computes what the policy quantized as configured would make of the
+tokens that were sampled. So in a fallback every iteration is probed, and the limits are held against quantization_kl and
+quantization_ratio_max in place of kl_rollout_old and ratio_max. Both lack the engine's own part, and the ratio is over fewer
+tokens; the distance between a limit and recovery_fraction of it covers that, and keeps the pool from going back and forth."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qurl.config import GuardAction, GuardConfig
+from qurl.config import GuardAction, GuardConfig, QuantizationConfig
+from qurl.quantization.axbxp import ALL_BLOCKS
 
 logger = logging.getLogger(__name__)
 
 LESS_NOISE = "lower learner.learning_rate, or keep sensitive layers in full precision with quantization.ignore"
+FALLBACKS = {GuardAction.full_precision: "in full precision", GuardAction.raise_precision: "with all blocks"}
+
+
+def fallback(action: GuardAction, quantization: QuantizationConfig) -> QuantizationConfig | None:
+    """What engines run in a fallback; None where the action is none."""
+    if action is GuardAction.raise_precision:
+        return replace(quantization, precision=str(ALL_BLOCKS))
+    return QuantizationConfig() if action is GuardAction.full_precision else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +34,12 @@ class _Limit:
     name: str  # in the guard group
     value: float
     sampled: str  # metric of what was sampled
-    would_be: str  # its counterpart for the quantized policy while the pool samples in full precision
+    would_be: str  # its counterpart for the policy quantized as configured, in a fallback
     advice: str
 
 
 class Guard:
-    """Decides alone; the loop acts. `full_precision` is how the pool has to sample from the next weight version on."""
+    """Decides alone; the loop acts. `fallen_back` is how the pool has to sample from the next weight version on."""
 
     def __init__(self, config: GuardConfig):
         self._config = config
@@ -46,14 +55,14 @@ class Guard:
         ]  # fmt: skip
         self._passed: set[str] = set()  # limits that the iteration before passed, told already
         self._num_clean = 0  # iterations in a row that speak for going back
-        self.full_precision = False
+        self.fallen_back = False
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """Look at a trained iteration; why the run must stop, None where it goes on.
 
         A value that is NaN passes every limit. One that is missing passes none: while the critic alone is trained nothing says how
         far old is from rollout."""
-        if self.full_precision:
+        if self.fallen_back:
             self._consider_return(step, metrics)
             return None
         passed = [limit for limit in self._limits if not metrics.get(limit.sampled, 0.0) <= limit.value]
@@ -65,10 +74,10 @@ class Guard:
         message = f"iteration {step}: {' and '.join(told)}"
         if self._config.action is GuardAction.stop:
             return f"{message}; {advice}, and go on from the checkpoint with a higher limit, or guard.action=full_precision"
-        if self._config.action is GuardAction.full_precision:
-            logger.warning("%s; the pool samples in full precision until %d iterations in a row are below %g of every limit",
-                           message, self._config.recovery_steps, self._config.recovery_fraction)  # fmt: skip
-            self.full_precision, self._num_clean = True, 0
+        if self._config.action.falls_back:
+            logger.warning("%s; the pool samples %s until %d iterations in a row are below %g of every limit", message,
+                           FALLBACKS[self._config.action], self._config.recovery_steps, self._config.recovery_fraction)  # fmt: skip
+            self.fallen_back, self._num_clean = True, 0
         elif self._passed - before:
             logger.warning("%s; %s", message, advice)
         return None
@@ -78,15 +87,15 @@ class Guard:
         is_clean = all(metrics[limit.would_be] <= fraction * limit.value for limit in self._limits)
         self._num_clean = self._num_clean + 1 if is_clean else 0
         if self._num_clean >= self._config.recovery_steps:
-            logger.warning("iteration %d: %d iterations in a row were below %g of every limit of guard; the pool samples quantized "
-                           "again", step, self._num_clean, fraction)  # fmt: skip
-            self.full_precision, self._passed = False, set()
+            logger.warning("iteration %d: %d iterations in a row were below %g of every limit of guard; the pool samples as "
+                           "configured again", step, self._num_clean, fraction)  # fmt: skip
+            self.fallen_back, self._passed = False, set()
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"full_precision": self.full_precision, "num_clean": self._num_clean}
+        return {"fallen_back": self.fallen_back, "num_clean": self._num_clean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on inside a fallback, where guard.action still allows one."""
-        self.full_precision = state["full_precision"] and self._config.action is GuardAction.full_precision
+        """Go on inside a fallback, be it another's, where guard.action still is one."""
+        self.fallen_back = state["fallen_back"] and self._config.action.falls_back
         self._num_clean = state["num_clean"]

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from qurl.config import GuardAction, TrainConfig
+from qurl.config import TrainConfig
 from qurl.errors import GuardStop
 from qurl.learner.group import LearnerGroup
 from qurl.observability.metrics import Last, Max, Mean, Metric, Sum, reduce_metrics
@@ -74,8 +74,8 @@ class TrainingLoop:
         reports = [rollout_metrics(sampled, version=step), self._pool_metrics(batch)]
         if self.config.stages:
             reports.append({"rollout/stage": Last(self.config.stage_at(step))})
-        if self.config.guard.action is GuardAction.full_precision:
-            reports.append({"rollout/full_precision": Last(self.guard.full_precision)})
+        if self.config.guard.action.falls_back:
+            reports.append({"rollout/fallback": Last(self.guard.fallen_back)})
         if self.config.algorithm.dynamic_sampling.enabled:
             reports.append(self._dynamic_sampling(step, groups, batch))
         async with self.weights.lock:
@@ -118,7 +118,7 @@ class TrainingLoop:
                             "prompts and the reward function")  # fmt: skip
         probe = self.config.probe
         metrics = {}
-        if self.guard.full_precision or (probe.every_steps and step % probe.every_steps == 0):
+        if self.guard.fallen_back or (probe.every_steps and step % probe.every_steps == 0):
             metrics = await self._timed(self.learner.probe(spread_out(samples, probe.num_samples), version=step))
         trains_policy = step >= self.config.critic.num_warmup_iterations
         metrics |= await self._timed(self.learner.train_step(samples, trains_policy))
@@ -126,11 +126,11 @@ class TrainingLoop:
 
     async def _ask_guard(self, step: int, metrics: dict[str, float]) -> str | None:
         """Why the run must stop after this iteration; None: it goes on, from engines as the guard wants them."""
-        before = self.guard.full_precision
+        before = self.guard.fallen_back
         stop = self.guard.judge(step, metrics)
-        if self.guard.full_precision is not before:
+        if self.guard.fallen_back is not before:
             with self.timeline.span("sync"):
-                await self.weights.switch(self.guard.full_precision)
+                await self.weights.switch(self.guard.fallen_back)
         return stop
 
     async def _timed(self, work: Awaitable[tuple[dict[str, Metric], dict[str, float]]]) -> dict[str, Metric]:

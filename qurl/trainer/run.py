@@ -132,7 +132,7 @@ async def _train(
     from qurl.rollout.pool import training_sampling
     from qurl.trainer.evaluate import evaluate, evaluation_sampling
     from qurl.trainer.gpus import reserved_gpus
-    from qurl.trainer.guard import Guard
+    from qurl.trainer.guard import Guard, fallback
     from qurl.trainer.loop import TrainingLoop
     from qurl.trainer.producer import Producer
     from qurl.trainer.start import engine_starter, started_parts
@@ -144,13 +144,14 @@ async def _train(
         guard.load_state_dict(state["guard"])
         log.load_state_dict(state["logger"])
         logger.info("going on after step %d of %s", completed, run_dir)
+    other = fallback(config.guard.action, config.quantization)
     interrupt = asyncio.Event()
     on_signal(interrupt)
     timeline = Timeline(run_dir / "timeline.json")
     async with reserved_gpus(config, interrupt) as gpus, started_parts(
-        config, run_dir, ray_logs, gpus, tokenizer, resume_from, interrupt, full_precision=guard.full_precision
+        config, run_dir, ray_logs, gpus, tokenizer, resume_from, interrupt, fallback=other if guard.fallen_back else None
     ) as (learner, pool, rewards):  # fmt: skip
-        weights = PublishedWeights(config.sync, learner, pool, partial(engine_starter, config, gpus))
+        weights = PublishedWeights(config.sync, learner, pool, partial(engine_starter, config, gpus), config.quantization, other)
 
         def sample(prompt: Prompt, step: int) -> Coroutine[Any, Any, RolloutGroup]:
             rollout = config.rollout_at(step)

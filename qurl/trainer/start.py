@@ -80,17 +80,17 @@ async def started_parts(
     resume_from: Path | None,
     interrupt: asyncio.Event,
     *,
-    full_precision: bool = False,
+    fallback: QuantizationConfig | None = None,
 ) -> AsyncIterator[tuple[LearnerGroup, RolloutPool, RewardPool]]:
-    """Learner (with the checkpoint's state), pool (engines up, without weights) and reward pool. full_precision: of the weights
-    that the learner sends and the engines take.
+    """Learner (with the checkpoint's state), pool (engines up, without weights) and reward pool. fallback: of guard, what
+    engines run instead of config.quantization from the start.
 
     Raises Interrupted where `interrupt` comes first, ValueError for what the user must change, else RuntimeError."""
     placement = place(config)
     learner = _learner(config, placement, gpus, run_dir)
     pool = RolloutPool(
         config.rollout,
-        engine_starter(config, gpus, full_precision),
+        engine_starter(config, gpus, config.quantization if fallback is None else fallback),
         run_seed=config.seed,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
     )
@@ -102,7 +102,7 @@ async def started_parts(
         if resume_from is not None:
             with naming(f"checkpoint {resume_from} was not loaded", ray_logs):
                 await learner.load_checkpoint(resume_from)
-        await learner.set_full_precision(full_precision)
+        await learner.set_fallback(fallback)
 
     async def start_pool() -> None:
         with naming("the rollout engine did not start", ray_logs):
@@ -153,13 +153,13 @@ def _transport(config: TrainConfig, placement: Placement) -> str:
     return choose_transport(config.sync.transport, device=placement.device, colocate=config.cluster.colocate)
 
 
-def engine_starter(config: TrainConfig, gpus: GpuReservation, full_precision: bool) -> Callable[[str], Any]:
-    """What starts an engine of the pool: as config.quantization says, or without any."""
+def engine_starter(config: TrainConfig, gpus: GpuReservation, quantization: QuantizationConfig) -> Callable[[str], Any]:
+    """What starts an engine of the pool."""
     placement = place(config)
     return lambda engine_id: start_engine_actor(
         config.model,
         config.rollout,
-        QuantizationConfig() if full_precision else config.quantization,
+        quantization,
         engine_id=engine_id,
         max_model_len=config.longest_tokens,
         seed=config.seed,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qurl.config import SyncConfig
+from qurl.config import QuantizationConfig, SyncConfig
 from qurl.learner.group import LearnerGroup
 from qurl.observability.metrics import Metric
 from qurl.rollout.pool import RolloutPool
@@ -29,9 +29,11 @@ class PublishedWeights:
         config: SyncConfig,
         learner: LearnerGroup,
         pool: RolloutPool,
-        engine_starter: Callable[[bool], Callable[[str], Any]],
+        engine_starter: Callable[[QuantizationConfig], Callable[[str], Any]],
+        quantization: QuantizationConfig,
+        fallback: QuantizationConfig | None,
     ):
-        """engine_starter: what starts engines of the pool, by whether they sample in full precision."""
+        """engine_starter: what starts engines of the pool, by their quantization: the configured one, or the fallback of guard."""
         self.version = -1  # nothing published yet
         self._announced = -1
         self.lock = asyncio.Lock()
@@ -40,6 +42,8 @@ class PublishedWeights:
         self._learner = learner
         self._pool = pool
         self._engine_starter = engine_starter
+        self._quantization = quantization
+        self._fallback = fallback
         pool.refresh = self.refresh
 
     async def publish(self, version: int) -> dict[str, Metric]:
@@ -51,11 +55,18 @@ class PublishedWeights:
         self._pool.mark_ready(failed)
         return report.metrics
 
-    async def switch(self, full_precision: bool) -> None:
-        """Have the pool sample from full-precision weights, or from quantized ones again, from the next `publish` on; the caller
-        holds the lock. A running engine has kernels and memory for one of the two alone, so each makes way for another."""
-        await self._learner.set_full_precision(full_precision)
-        await self._pool.restart(self._engine_starter(full_precision))
+    async def switch(self, fallen_back: bool) -> None:
+        """Have the pool sample with the fallback of guard, or as configured again, from the next `publish` on; the caller holds the
+        lock. A running engine has kernels and memory for one format alone: where the fallback has another, each makes way for
+        another engine; where it differs in precision, engines live on."""
+        assert self._fallback is not None
+        await self._learner.set_fallback(self._fallback if fallen_back else None)
+        quantization = self._fallback if fallen_back else self._quantization
+        start_actor = self._engine_starter(quantization)
+        if self._fallback.format == self._quantization.format:
+            await self._pool.set_precision(quantization.precision, start_actor)
+        else:
+            await self._pool.restart(start_actor)
 
     async def announce(self) -> None:
         """Let the producer hear of the published version."""

@@ -83,7 +83,7 @@ class AxBxPKernel(CodeKernel):
 
     def check_switch(self, precision: Precision) -> None:
         """Raises ValueError for a precision that the layer cannot change to while it lives."""
-        if self.shape.device.type == "cpu" or _structure(precision) == _structure(self.precision):
+        if self.shape.device.type == "cpu" or precision.structure == self.precision.structure:
             return
         raise ValueError(
             f"the precision {precision} has other groups of activations than {self.precision}, or differs in -noll, and CUDA "
@@ -142,11 +142,6 @@ class AxBxPKernel(CodeKernel):
                 getattr(layer, name).copy_(tensor)
             else:
                 layer.register_buffer(name, tensor.to(self.shape.device, copy=True), persistent=False)
-
-
-def _structure(precision: Precision) -> tuple[int, bool]:
-    """What decides which operations follow each other."""
-    return activation_table(precision).group, precision.drops_low_product
 
 
 def one_precision(format: AxBxP, names: Sequence[str]) -> AxBxP:

@@ -64,9 +64,28 @@ def test_a_run_falls_back_to_full_precision_and_resumes_inside_the_fallback(comm
         code, output = command_line.run(*command_line.train("fallback", *guard), f"num_steps={num_steps}")
         assert code == 0, output
     rows = command_line.metrics("fallback")
-    assert [row["rollout/full_precision"] for row in rows] == [0, 1, 1]
+    assert [row["rollout/fallback"] for row in rows] == [0, 1, 1]
     for row in rows[1:]:  # float32 on both sides differs by the order of sums; the probe says what INT8 would be
         assert max(row["mismatch/kl_rollout_old"], row["mismatch/engine_kl"]) < 1e-9 < 1e-6 < row["mismatch/quantization_kl"] < 0.1
+
+
+def test_live_engines_raise_their_precision_and_go_back_after_a_resume_inside_the_fallback(command_line):
+    """An engine that a switch or an audit finds wanting is replaced, and would be counted."""
+    guard = ("quantization=axbxp", "guard.action=raise_precision", "rollout.engine_args.dtype=float32", "probe.every_steps=1")
+    for run in (("guard.max_kl=1e-6", "num_steps=2"), ("guard.max_kl=10", "guard.recovery_steps=1", "num_steps=4")):
+        code, output = command_line.run(*command_line.train("raised", *guard), *run)
+        assert code == 0, output
+    rows = command_line.metrics("raised")
+    assert [row["rollout/fallback"] for row in rows] == [0, 1, 1, 0]
+    assert [row["rollout/engine_restart_count"] for row in rows] == [row["sync/retry_count"] for row in rows] == [0] * 4
+    assert len({row["sync/bytes"] for row in rows}) == 1
+    held_db = [row["quantization/sqnr_min_db"] for row in rows]  # after the row's switch: all blocks, all, two of four, two of four
+    assert min(held_db[:2]) > 35 > 30 > max(held_db[2:])
+    for row in rows:  # float32 on both sides: what is sampled is the configured policy, or int8's, which is nearer to the learner's
+        if row["rollout/fallback"]:
+            assert row["mismatch/kl_rollout_old"] == row["mismatch/engine_kl"] < 0.2 * row["mismatch/quantization_kl"]
+        else:
+            assert row["mismatch/engine_kl"] < 0.01 * row["mismatch/quantization_kl"]
 
 
 def test_the_recipe_gsm8k_ppo_in_miniature_warms_its_critic_up_and_resumes(command_line):

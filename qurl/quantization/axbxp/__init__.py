@@ -24,8 +24,9 @@ digits, and no retraining."""
 from qurl.quantization.axbxp.assign import check_precision, with_precision
 from qurl.quantization.axbxp.format import AxBxP
 from qurl.quantization.axbxp.packed import PackedAxBxP
-from qurl.quantization.axbxp.precision import Digits, Kept, Precision, all_precisions, parse
+from qurl.quantization.axbxp.precision import ALL_BLOCKS, Digits, Kept, Precision, all_precisions, parse
 
 __all__ = [
-    "AxBxP", "Digits", "Kept", "PackedAxBxP", "Precision", "all_precisions", "check_precision", "parse", "with_precision",
+    "ALL_BLOCKS", "AxBxP", "Digits", "Kept", "PackedAxBxP", "Precision", "all_precisions", "check_precision", "parse",
+    "with_precision",
 ]

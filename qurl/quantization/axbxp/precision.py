@@ -88,6 +88,17 @@ class Precision:
         """N = ceil(7/K); the uppermost block may be short of bits."""
         return num_blocks(self.block_bits)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether products are int8's own: no block is dropped."""
+        return self.weight.blocks == self.activation.blocks == self.num_blocks and not self.drops_low_product
+
+    @property
+    def structure(self) -> tuple[int, bool]:
+        """What decides which operations of a product follow each other: inputs that share a choice of the activations' blocks, and
+        whether LL is left out."""
+        return self.activation.group or 1, self.drops_low_product
+
     def __str__(self) -> str:
         digits = "" if self.digits is Digits.rounded else f"-{self.digits.value}"
         return f"k{self.block_bits}-w{self.weight}-a{self.activation}{digits}{'-noll' if self.drops_low_product else ''}"
@@ -111,6 +122,10 @@ def parse(setting: str) -> Precision:
         digits=Digits.rounded if digits is None else Digits(digits),
         drops_low_product=noll is not None,
     )
+
+
+ALL_BLOCKS = parse("k4-w2-a2")
+"""int8's own arithmetic."""
 
 
 def all_precisions(

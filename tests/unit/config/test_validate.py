@@ -125,6 +125,15 @@ REFUSED_TOGETHER = [
     (["quantization=axbxp", "quantization.precision={down_proj:3}"], "quantization.precision"),
     (["quantization=axbxp", "quantization.precision={}"], "quantization.precision"),
     (["quantization=none", "guard.action=full_precision", "guard.max_kl=0.1"], "guard.action"),
+    (
+        ["quantization=none", "guard.action=raise_precision", "guard.max_kl=0.1"],
+        "guard.action=raise_precision cannot run; use warn or stop with quantization=none",
+    ),
+    (
+        ["quantization=axbxp_k2l2", "guard.action=raise_precision", "guard.max_kl=0.1"],
+        "guard.action=raise_precision cannot run; use quantization=axbxp with it, or full_precision with quantization=axbxp_k2l2",
+    ),
+    (["quantization=axbxp", "guard.action=raise_precision"], "guard.action=raise_precision cannot run; use guard.max_kl"),
     (["quantization=none", "quantization.update_awareness=invariant_scaling"], "quantization.update_awareness"),
     (["quantization=none", "quantization.update_awareness=stochastic_rounding"], "quantization.update_awareness"),
     (["cluster=cpu", "sync.transport=nccl"], "sync.transport"),

@@ -47,6 +47,31 @@ def test_a_guard_that_falls_back_plans_engines_that_hold_full_precision(needed: 
     assert falls_back.wire_bytes == int8.wire_bytes
 
 
+def test_a_guard_that_raises_the_precision_plans_no_more_memory(needed: list[str]) -> None:
+    axbxp = [*needed, "quantization=axbxp", "guard.max_kl=0.01"]
+    raises, warns = (plan([*axbxp, f"guard.action={action}"]) for action in ("raise_precision", "warn"))
+    assert (raises.engine, raises.wire_bytes) == (warns.engine, warns.wire_bytes)
+
+
+@pytest.mark.parametrize("precision", ["k4-w2-a2", "k2-w4-a4", "{down_proj:k4-w2-a2,'re:.*':k3-w3-a3-balanced}"])
+def test_a_precision_of_all_blocks_cannot_be_raised(needed: list[str], precision: str) -> None:
+    raised = [*needed, "quantization=axbxp", "guard.action=raise_precision", "guard.max_kl=0.01"]
+    with pytest.raises(ConfigError, match=r"raise_precision cannot run: quantization.precision=.* keeps all .*k2-w2g16-a3g1"):
+        plan([*raised, f"quantization.precision={precision}"])
+    plan([*raised, "quantization.precision={down_proj:k4-w2-a2}"])  # the other layers drop some
+    plan([*raised, "quantization.precision=k4-w2-a2-noll"])
+
+
+def test_on_a_gpu_only_what_captured_graphs_allow_can_be_raised(needed: list[str]) -> None:
+    raised = [*needed, "quantization=axbxp", "guard.action=raise_precision", "guard.max_kl=0.01"]
+    on_gpus = [*raised, "cluster.device=cuda"]
+    plan(on_gpus, with_gpus(2))
+    for precision in ("k2-w2-a2g16", "k4-w2-a2-noll"):
+        plan([*raised, f"quantization.precision={precision}"])
+        with pytest.raises(ConfigError, match=f"cannot change from quantization.precision={precision} to k4-w2-a2; use "):
+            plan([*on_gpus, f"quantization.precision={precision}"], with_gpus(2))
+
+
 def test_parameters_and_wire_bytes_match_the_real_model_and_its_encoding(needed: list[str], model_dir: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -9,6 +9,7 @@ import torch
 
 from qurl.quantization import FORMATS, select_targets
 from qurl.quantization.axbxp import (
+    ALL_BLOCKS,
     AxBxP,
     Digits,
     Kept,
@@ -231,6 +232,19 @@ def any_precision(draw):
             return Precision(block_bits=bits, weight=weight, activation=activation, digits=draw.choice(list(Digits)))
         except ValueError:
             continue
+
+
+def test_a_precision_keeps_all_where_no_product_lacks_a_part_of_a_code():
+    """int8's own arithmetic under other names, and nothing else."""
+    found = [precision for digits in Digits for precision in all_precisions(block_bits=(2, 3, 4), digits=digits)]
+    for precision in [*found, *map(parse, NOLL)]:
+        codes_stay = weight_table(precision).is_identity and activation_table(precision).is_identity
+        assert precision.keeps_all is (codes_stay and not precision.drops_low_product)
+        assert precision.structure[0] == activation_table(precision).group
+    assert ALL_BLOCKS.keeps_all and sum(precision.keeps_all for precision in found) == 9
+    x, weight = normal(3, 40), normal(5, 40, seed=1)
+    int8 = FORMATS["int8"]
+    assert AxBxP("axbxp", ALL_BLOCKS).linear(x, int8.encode(weight)).equal(int8.linear(x, int8.encode(weight)))
 
 
 def test_a_setting_is_read_as_it_is_written():

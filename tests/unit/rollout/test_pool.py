@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
 from qurl.config import RolloutConfig
 from qurl.rollout import pool as pool_module
@@ -34,6 +34,9 @@ class FakeEngine:
         self.answers = True
         self.generate = SimpleNamespace(remote=self._generate)
         self.start = self.status = Method(self._status)
+        self.precisions = []
+        self.refuses = False
+        self.set_precision = Method(self._set_precision)
 
     async def _generate(self, requests):
         self.requests += requests
@@ -58,6 +61,14 @@ class FakeEngine:
             await asyncio.Event().wait()
         return EngineStatus(engine_id=self.engine_id, pid=1, num_running=len(self.requests), num_tokens=0, busy_s=self.busy_s,
                             weight_version=0, waiting_for=[])  # fmt: skip
+
+
+    async def _set_precision(self, precision):
+        if self.dead.is_set():
+            raise RayActorError
+        if self.refuses:
+            raise RayError("its graphs have been captured")
+        self.precisions.append(precision)
 
 
 def prompt(name: str) -> Prompt:
@@ -259,6 +270,62 @@ def test_a_successor_that_is_still_starting_does_not_join_after_a_restart(monkey
             await asyncio.sleep(0.05)
             assert bench.pool.handles == [bench.engines[2]] and len(bench.engines) == 3
             assert bench.pool.num_restarts == 1
+
+    asyncio.run(scenario())
+
+
+def test_another_precision_keeps_engines_and_prompts_and_replaces_one_that_does_not_follow(monkeypatch):
+    async def scenario():
+        async with Bench(monkeypatch, num_engines=3) as bench:
+            work = [bench.ask(name) for name in "abc"]
+            await until(lambda: all(engine.requests for engine in bench.engines))
+            others = []
+
+            def start_other(engine_id):
+                others.append(FakeEngine(engine_id))
+                return others[-1]
+
+            bench.engines[1].refuses = True
+            await bench.pool.set_precision("k4-w2-a2", start_other)
+            assert [engine.precisions for engine in bench.engines] == [["k4-w2-a2"], [], ["k4-w2-a2"]]
+            assert bench.engines[1].dead.is_set() and bench.pool.num_restarts == 1
+            await until(lambda: len(bench.pool.handles) == 3)
+            assert bench.pool.handles == [bench.engines[0], bench.engines[2], *others] and others[0].precisions == []
+            for engine in bench.pool.handles:
+                engine.release.set()
+            groups = await asyncio.gather(*work)
+            assert {rollout.engine_id for group in (groups[0], groups[2]) for rollout in group.rollouts} == {"0", "2"}
+            assert bench.pool.take_redispatched() == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_successor_that_is_still_starting_makes_room_for_one_with_the_other_precision(monkeypatch):
+    async def scenario():
+        async with Bench(monkeypatch, num_engines=1) as bench:
+            may_refresh = asyncio.Event()
+
+            async def refresh(handle, adopt):
+                await may_refresh.wait()  # as for the lock that the caller of set_precision holds
+                if handle.dead.is_set():
+                    raise RuntimeError("the new engine rejected the published weights")
+                adopt()
+
+            bench.pool.refresh = refresh
+            bench.engines[0].dead.set()
+            await until(lambda: len(bench.engines) == 2)
+            others = []
+
+            def start_other(engine_id):
+                others.append(FakeEngine(engine_id))
+                return others[-1]
+
+            await bench.pool.set_precision(None, start_other)
+            may_refresh.set()
+            await until(lambda: bool(bench.pool.handles))
+            await asyncio.sleep(0.05)
+            assert bench.pool.handles == others and len(others) == 1 and len(bench.engines) == 2
+            assert bench.engines[1].dead.is_set() and bench.engines[1].precisions == [] and bench.pool.num_restarts == 1
 
     asyncio.run(scenario())
 

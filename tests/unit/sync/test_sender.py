@@ -22,6 +22,7 @@ from sync_cases import (
 
 from qurl.config import SyncConfig
 from qurl.quantization import FORMATS
+from qurl.quantization.axbxp import ALL_BLOCKS, AxBxP
 from qurl.sync import SyncError, WeightSender, merge_send_reports
 from qurl.sync.bucket import ALIGNMENT
 from qurl.sync.transports.base import Delivery
@@ -59,7 +60,8 @@ def test_full_precision_sends_what_an_engine_without_quantization_holds(delta):
         if version in (2, 4):
             engine = LocalEngine()
         weights = nudge(weights, seed=version)
-        sender.set_full_precision(is_on)
+        sender.set_fallback(FORMATS["none"] if is_on else None)
+        assert sender.is_fallen_back is is_on
         report = update(sender, engine, version, weights)
         assert same_bits(engine.installer.tensors, encoded(weights, "none" if is_on else "int8"))
         assert (report.sqnr_min_db is None) is is_on
@@ -69,6 +71,35 @@ def test_full_precision_sends_what_an_engine_without_quantization_holds(delta):
         assert sender.decoded(LINEARS[0], weight).equal(FORMATS["none" if is_on else "int8"].decode(codes))
         x = torch.eye(weight.shape[1])
         assert sender.linear(LINEARS[0], x, weight, None).equal(FORMATS["int8"].linear(x, FORMATS["int8"].encode(weight)))
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_a_raised_precision_decodes_as_engines_then_hold_it_and_changes_nothing_else(delta):
+    def sender_after(fallbacks):
+        """The same updates with these fallbacks; its engine and the reports."""
+        sender, engine, weights, reports = make_sender("axbxp", delta=delta), LocalEngine(), make_weights(), []
+        for version, each in enumerate(fallbacks, start=1):
+            weights = nudge(weights, seed=version)
+            sender.set_fallback(each)
+            reports.append(update(sender, engine, version, weights))
+        assert same_bits(engine.installer.tensors, encoded(weights, "int8"))
+        return sender, reports, weights[f"{LINEARS[0]}.weight"]
+
+    configured, raised = FORMATS["axbxp"], AxBxP("axbxp", ALL_BLOCKS)
+    plain, reports, weight = sender_after([None] * 4)
+    there, while_raised, _ = sender_after([None, raised, raised, raised])
+    back, returned, _ = sender_after([None, raised, raised, None])
+    wire, x = configured.encode(weight), torch.eye(weight.shape[1])
+    for sender, held in ((plain, configured), (there, raised), (back, configured)):
+        assert sender.is_fallen_back is (held is raised)
+        assert sender.decoded(LINEARS[0], weight).equal(held.decode(wire))
+        assert sender.linear(LINEARS[0], x, weight, None).equal(configured.linear(x, wire))
+    assert there.decoded(LINEARS[0], weight).equal(FORMATS["int8"].decode(wire))
+    sent = [[(r.num_bytes, r.num_codes, r.num_changed_codes) for r in each] for each in (reports, while_raised, returned)]
+    assert sent[0] == sent[1] == sent[2] and sent[0][1][1] > 0  # what changed is told through a switch
+    quality = [[r.sqnr_min_db for r in each] for each in (reports, while_raised, returned)]
+    assert min(quality[1][1:]) > 38 > 30 > max(quality[0])
+    assert quality[2] == [*quality[1][:3], pytest.approx(quality[0][3], abs=0.5)]
 
 
 def test_only_floating_point_tensors_are_cast():

@@ -18,7 +18,7 @@ from qurl.trainer.producer import Producer
 from qurl.trainer.run import _dynamic_sampling
 from qurl.types import Prompt, RewardResult, Rollout, RolloutGroup, ScoredGroup
 
-OFF = {"full_precision": False, "num_clean": 0}  # the guard's state
+OFF = {"fallen_back": False, "num_clean": 0}  # the guard's state
 
 
 class Stream:
@@ -97,9 +97,9 @@ class World:
         self.events.append(f"probe {len(samples)}")
         return {"mismatch/quantization_kl": Mean(self.kl[version])}, {"time/probe_s": 0.0}
 
-    async def switch(self, full_precision):
+    async def switch(self, fallen_back):
         assert self.lock.locked()
-        self.events.append("to full precision" if full_precision else "to quantized")
+        self.events.append("fall back" if fallen_back else "return")
 
     async def publish(self, version):
         self.events.append(f"publish {version}")
@@ -316,18 +316,19 @@ def test_the_guard_stops_a_run_after_a_checkpoint_with_the_iterations_rollouts(t
     asyncio.run(scenario())
 
 
-def test_the_guard_has_the_pool_sample_in_full_precision_and_probes_until_it_is_quantized_again(tmp_path):
+@pytest.mark.parametrize("action", [GuardAction.full_precision, GuardAction.raise_precision])
+def test_the_guard_has_the_pool_fall_back_and_probes_until_it_samples_as_configured_again(tmp_path, action):
     async def scenario():
-        guard = GuardConfig(action=GuardAction.full_precision, max_kl=0.01, recovery_steps=2)
+        guard = GuardConfig(action=action, max_kl=0.01, recovery_steps=2)
         world = World(tmp_path, guard=guard, num_steps=5)
         world.config.evaluation.every_steps = 0
         world.kl[0] = 0.02
         await world.loop.run()
         await world.producer.close()
         assert [event for event in world.events if not event.startswith(("sample", "eval", "log"))] == [
-            "publish 0", "train 4", "to full precision", "publish 1", "probe 4", "train 4", "publish 2", "save",
-            "probe 4", "train 4", "to quantized", "publish 3", "train 4", "publish 4", "save", "train 4", "publish 5", "save",
+            "publish 0", "train 4", "fall back", "publish 1", "probe 4", "train 4", "publish 2", "save",
+            "probe 4", "train 4", "return", "publish 3", "train 4", "publish 4", "save", "train 4", "publish 5", "save",
         ]  # fmt: skip
-        assert [row["rollout/full_precision"] for row in world.logged] == [0, 1, 1, 0, 0]
+        assert [row["rollout/fallback"] for row in world.logged] == [0, 1, 1, 0, 0]
 
     asyncio.run(scenario())
