@@ -2,7 +2,8 @@
 //
 // Codes of a row that stand in one group share a table, the highest that any of them asks for. AVX2's byte shuffle looks up 16
 // entries, so a table of magnitudes is 8 shuffles and 7 blends for 32 codes, each blend by a bit of the index. Where the tables
-// are odd functions of the code that is all and the sign comes back at the end (psignb); other tables are two of these.
+// are odd functions of the code that is all and the sign comes back at the end (psignb), and the largest magnitude of a group asks
+// for its table; other tables are two of these, and every code is asked.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -28,14 +29,14 @@ struct Tables {
     const int8_t* lowest;  // [256]: the row that a code asks for; 0 for code 0
     int64_t group;  // codes that share a row, a power of 2 up to 128; 1: row 0 serves all
     int rows;
-    bool is_symmetric;  // values are odd functions of the code, lowest an even one; -128 counts as -127
+    bool is_symmetric;  // values are odd functions of the code, lowest an even one that grows; -128 counts as -127
 };
 
 Tables tables_of(const int8_t* values, const int8_t* lowest, int64_t group) {
     Tables tables{values, lowest, group, 1, true};
     if (group > 1) tables.rows += *std::max_element(lowest, lowest + CODES);
     bool differs = lowest[128] != lowest[129];
-    for (int i = 1; i < 128; ++i) differs |= lowest[i] != lowest[CODES - i];
+    for (int i = 1; i < 128; ++i) differs |= lowest[i] != lowest[CODES - i] || lowest[i] < lowest[i - 1];
     for (const int8_t* row = values; row < values + CODES * tables.rows; row += CODES) {
         differs |= row[0] != 0 || row[128] != row[129];
         for (int i = 1; i < 128; ++i) differs |= row[i] != -row[CODES - i];
@@ -161,11 +162,14 @@ AVX2 void look_up_large(const Tables& tables, const int8_t* codes, int64_t count
     const int64_t width = std::max(tables.group, WIDTH);
     const auto lowest = load<symmetric>(tables.lowest, tables.lowest);
     for (int64_t start = 0; start < count; start += width) {
-        __m256i shared = entries<symmetric>(lowest, read(codes + start));
-        for (int64_t i = start + WIDTH; i < start + width; i += WIDTH)
-            shared = _mm256_max_epu8(shared, entries<symmetric>(lowest, read(codes + i)));
-        shared = lane_max(shared);
-        int low = _mm256_extract_epi8(shared, 0), high = _mm256_extract_epi8(shared, 16);
+        __m256i most = _mm256_setzero_si256();  // magnitudes, or the rows that are asked for
+        for (int64_t i = start; i < start + width; i += WIDTH) {
+            const __m256i some = read(codes + i);
+            most = _mm256_max_epu8(most, symmetric ? index_of<symmetric>(some) : entries<symmetric>(lowest, some));
+        }
+        most = lane_max(most);
+        int low = _mm256_extract_epi8(most, 0), high = _mm256_extract_epi8(most, 16);
+        if (symmetric) low = tables.lowest[low & 127], high = tables.lowest[high & 127];
         if (tables.group > 16) low = high = std::max(low, high);
         const auto table = load<symmetric>(tables.values + CODES * low, tables.values + CODES * high);
         for (int64_t i = start; i < start + width; i += WIDTH) write(out + i, signed_entries<symmetric>(table, read(codes + i)));
