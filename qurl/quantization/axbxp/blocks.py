@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from qurl.quantization.axbxp.precision import Digits, Kept, Precision, num_blocks
+from qurl.quantization.kernels.cpu.lookup import LookupKernel, lookup_kernel
 
 LARGEST_CODE = 127
 CHUNK = 1 << 17
-"""Codes that are looked up at once on a CPU, so that the numbers of entries, four bytes a code, stay in its cache."""
+"""Codes that torch looks up at once on a CPU, so that the numbers of entries, four bytes a code, stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +53,29 @@ def keep(codes: Tensor, table: BlockTable) -> Tensor:
     if table.is_identity:
         return codes
     parts = _on(table, codes.device)
+    if kernel := _compiled(codes):
+        return kernel.look_up(codes, *parts)
     if codes.dim() != 2 or codes.device.type != "cpu":
-        return look_up(codes, *parts)
+        return _look_up_in_torch(codes, *parts)
     kept = torch.empty_like(codes, memory_format=torch.contiguous_format)
     rows = max(1, CHUNK // codes.shape[1])
     for some, result in zip(codes.split(rows), kept.split(rows), strict=True):
-        result.copy_(look_up(some, *parts))
+        result.copy_(_look_up_in_torch(some, *parts))
     return kept
 
 
 def look_up(codes: Tensor, values: Tensor, lowest: Tensor, group: int) -> Tensor:
     """keep with the parts of a table, on the device of codes."""
+    kernel = _compiled(codes)
+    return kernel.look_up(codes, values, lowest, group) if kernel else _look_up_in_torch(codes, values, lowest, group)
+
+
+def _compiled(codes: Tensor) -> LookupKernel | None:
+    """Gives what torch gives, faster. A compiler that traces gets operators that it knows."""
+    return None if codes.device.type != "cpu" or torch.compiler.is_compiling() else lookup_kernel()
+
+
+def _look_up_in_torch(codes: Tensor, values: Tensor, lowest: Tensor, group: int) -> Tensor:
     index = codes.contiguous().view(torch.uint8).int()
     if group > 1:
         shared = _group_lowest(index, lowest, group).int().repeat_interleave(group, dim=-1)

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("lobcq.cpp", "avx2.h", "portable.h", "books.h", "tiles.h")
+SOURCES = ("lobcq.cpp", "lookup.cpp", "avx2.h", "portable.h", "books.h", "threads.h", "tiles.h")
 FLAGS = ("-std=c++17", "-O3", "-fno-tree-reassoc", "-ffp-contract=off", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 PATHS = ("portable", "avx2")
@@ -94,7 +94,7 @@ def _compiled() -> Path:
     content = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SOURCES)
     key = hashlib.sha256("\n".join((content, compiler, *FLAGS, platform.machine())).encode()).hexdigest()[:16]
     folder = build_folder()
-    library = folder / f"lobcq-{key}.so"
+    library = folder / f"kernels-{key}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def build_folder() -> Path:
 
 
 def _compile(compiler: str, out: Path) -> None:
-    command = [*shlex.split(compiler), *FLAGS, "-o", str(out), str(FOLDER / SOURCES[0])]
+    command = [*shlex.split(compiler), *FLAGS, "-o", str(out), *(str(FOLDER / name) for name in SOURCES if name.endswith(".cpp"))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,7 +1,6 @@
 // LO-BCQ linear layers with weights that stay packed. Plain C functions, called through ctypes.
 //
-// Threads are those of the OpenMP runtime that torch has loaded, through its own entry points: another pool would compete with it
-// for the cores. A thread takes the next piece of work when it is done with one, so that a slow core holds nobody up.
+// A thread takes the next piece of work when it is done with one, so that a slow core holds nobody up.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -10,6 +9,7 @@
 
 #include "avx2.h"
 #include "portable.h"
+#include "threads.h"
 
 namespace {
 
@@ -24,13 +24,6 @@ const Path PATHS[] = {
 #if defined(__x86_64__)
     {avx2::load, avx2::encode, avx2::encode_digits, avx2::multiply},
 #endif
-};
-
-struct OpenMp {
-    void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
-    void (*barrier)();
-    int (*max_threads)();
-    int (*in_parallel)();
 };
 
 struct Job {
@@ -109,13 +102,6 @@ struct Read {
         for (uint64_t one : sums) read.sum ^= one;
     }
 };
-
-int num_threads(const OpenMp& openmp) { return openmp.in_parallel() ? 1 : std::max(1, openmp.max_threads()); }
-
-void fork(const OpenMp& openmp, int threads, void (*work)(void*), void* argument) {
-    if (threads > 1) openmp.parallel(work, argument, static_cast<unsigned>(threads), 0);
-    else work(argument);
-}
 
 void run(const Books& books, int path, const OpenMp& openmp, const Source& source, Tokens& tokens, const Matrix* matrix,
          const Target& target) {
