@@ -49,8 +49,7 @@ from qurl.learner.reward_penalty import charge_kl
 from qurl.learner.value_targets import fill_value_targets
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
 from qurl.observability.metrics import Last, Mean, Metric
-from qurl.plug import resolve
-from qurl.quantization import FORMATS, fold_invariant_scaling, scaled_linear_weights, select_targets, with_precision
+from qurl.quantization import fold_invariant_scaling, resolved_format, scaled_linear_weights, select_targets
 from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
 
@@ -118,10 +117,12 @@ class Learner:
         seed_everything(seed)
         weights = load_model(model)
         rounds = quantization.update_awareness is UpdateAwareness.stochastic_rounding
-        format, targets = resolve(FORMATS, quantization.format, "quantization.format"), _targets(weights, quantization)
+        targets = _targets(weights, quantization)
+        format = resolved_format(
+            quantization.format, codebooks=quantization.codebooks, precision=quantization.precision, layers=sorted(targets)
+        )
         self._sender = WeightSender(
-            sync, with_precision(format, quantization.precision, sorted(targets)), targets,
-            _wire_dtype(engine_dtype), rank, world_size, rounding_seed=seed if rounds else None,
+            sync, format, targets, _wire_dtype(engine_dtype), rank, world_size, rounding_seed=seed if rounds else None
         )
         if quantization.update_awareness is UpdateAwareness.invariant_scaling:
             fold_invariant_scaling(weights, quantization.invariant_scale)
