@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qurl.config.codebooks_file import resolved_codebooks
-from qurl.ptq.evaluation import Text, load_float32, quantized_in_memory
+from qurl.ptq.evaluation import Text, inputs_of, load_float32, quantized_in_memory
 from qurl.ptq.perplexity import DocumentLoss, decoded_activations
 from qurl.ptq.statistics import divergence, increase, perplexity, ratio
 from qurl.quantization import FORMATS, QuantizationFormat, resolved_format, select_targets
@@ -87,7 +86,7 @@ def run_perplexity_bench(
         for target in targets:
             _check_columns(quantization, target, linears[target].in_features)
     rows, losses = [], {}
-    inputs = _inputs(full_precision, text, targets)
+    inputs = inputs_of(full_precision, text.documents[:NUM_ERROR_DOCUMENTS], targets)
     for name, quantization in quantizations.items():
         replace = None if name == BASELINE else quantized_in_memory(
             quantization, targets, weights=operands is not Operands.activations, activations=operands is not Operands.weights
@@ -138,22 +137,6 @@ def _check_columns(quantization: QuantizationFormat, module: str, columns: int) 
         quantization.check_columns(columns)
     except ValueError as error:
         raise ValueError(f"{module}: {error}".replace("quantization.ignore", "--ignore")) from error
-
-
-@torch.no_grad()
-def _inputs(model: Any, text: Text, targets: Sequence[str]) -> dict[str, Tensor]:
-    """Activations [T, I] that enter each target, on the first windows of the first documents."""
-    found: dict[str, list[Tensor]] = {name: [] for name in targets}
-
-    def keep(name: str, module: nn.Module, args: tuple[Tensor]) -> None:
-        found[name].append(args[0].flatten(0, -2))
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in targets]
-    for document in text.documents[:NUM_ERROR_DOCUMENTS]:
-        model(input_ids=torch.tensor([document[0]], device=model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,7 @@ class EvalConfig:
     prompt: str | None = None  # key of PROMPTS or a template with {problem}; default: each benchmark's own
     reward: str | None = None  # as reward.function; default: each benchmark's own
     chat_template: bool | None = None  # default: where the tokenizer has one
-    out: str | None = None  # folder of the evaluation; default: evals/<model>-<format>[-<precision>][-<start of the codebooks' hash>]
+    out: str | None = None  # folder of the evaluation; default: evals/<model>-<format>[-<precision>][-<hash of codebooks>]
     engines: int = 1
     tensor_parallel_size: int = 1
     engine_args: dict[str, Any] = field(default_factory=dict)  # handed to vLLM under vLLM's names

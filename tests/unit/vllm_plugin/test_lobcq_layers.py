@@ -81,7 +81,8 @@ def test_a_compiled_layer_is_one_node_and_computes_the_same():
     compiled = torch.compile(lambda x: kernel.apply(layer, x, bias), backend=keep, fullgraph=True)
     assert torch.equal(compiled(x), kernel.apply(layer, x, bias))
     assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"] == [torch.ops.qurl.lobcq_linear]
-    torch.library.opcheck(torch.ops.qurl.lobcq_linear, (x, layer.weight.data, bias, 84, FORMATS["lobcq"].key), test_utils="test_faketensor")
+    arguments = (x, layer.weight.data, bias, 84, FORMATS["lobcq"].key)
+    torch.library.opcheck(torch.ops.qurl.lobcq_linear, arguments, test_utils="test_faketensor")
 
 
 def test_other_devices_formats_and_layouts_are_decoded():
