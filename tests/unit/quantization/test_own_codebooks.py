@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from qurl.config import QuantizationConfig
+from qurl.config.compose import compose, load_config
+from qurl.config.plain import resolved
 from qurl.errors import ConfigError
 from qurl.quantization import FORMATS, resolved_format
 from qurl.quantization.lobcq import Codebooks, Layout, load_codebooks
@@ -84,6 +87,19 @@ def test_what_does_not_fit_is_refused_before_anything_starts(file, tmp_path):
     for path, told in ((tmp_path / "absent.json", "No such file"), (tmp_path / "damaged.json", "it is no JSON")):
         with pytest.raises(ConfigError, match=rf"quantization\.codebooks={path} cannot be read \({told}"):
             QuantizationConfig(format="lobcq", codebooks=str(path))
+
+
+def test_a_run_keeps_the_content_and_needs_the_file_no_more(file, tmp_path):
+    needed = ["model.path=nowhere", "data.train.path=nowhere.jsonl", "run_name=own"]
+    config = compose([*needed, "quantization=lobcq", f"quantization.codebooks={file}"])
+    assert config.quantization.codebooks["sha256"] == books().sha256
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
+    file.unlink()
+    again = load_config(tmp_path / "config.yaml").quantization
+    assert again == config.quantization
+    assert resolved_format(again.format, codebooks=again.codebooks).codebooks == books()
+    with pytest.raises(ConfigError, match=r"quantization\.codebooks=.*books.json cannot be read \(No such file"):
+        compose([*needed, "quantization=lobcq", f"quantization.codebooks={file}"])
 
 
 def test_a_file_that_states_another_hash_is_refused(file):
