@@ -1,6 +1,7 @@
 """LO-BCQ layers of an engine on the CPU: which kernel they get, what it computes and gives back."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -91,7 +92,10 @@ def test_other_devices_formats_and_layouts_are_decoded():
         assert isinstance(select_kernel(format, nn.Module(), shape), Decoded)
 
 
-@pytest.mark.parametrize(("layout", "kernel_class"), [(Layout(), PackedLoBcq), (Layout(block=4, array=32, num_codebooks=8), Decoded)])
+OTHER = Layout(block=4, array=32, num_codebooks=8)
+
+
+@pytest.mark.parametrize(("layout", "kernel_class"), [(Layout(), PackedLoBcq), (OTHER, Decoded)])
 def test_codebooks_of_a_file_beside_the_packages_in_one_process(layout, kernel_class):
     even = tuple(tuple(round((31 - layout.num_codebooks + k) * (2 * c - 15) / 15) for c in range(16))
                  for k in range(layout.num_codebooks))  # fmt: skip
@@ -105,7 +109,8 @@ def test_codebooks_of_a_file_beside_the_packages_in_one_process(layout, kernel_c
         kernel.load(layer, {name: rows_of(format, name, tensor, 84) for name, tensor in wire.items()})
         layers.append((format, kernel, layer, wire))
     for format, kernel, layer, wire in layers:
-        compiled = torch.compile(lambda x, kernel=kernel, layer=layer: kernel.apply(layer, x, None), backend="eager", fullgraph=True)
+        run = partial(kernel.apply, layer)
+        compiled = torch.compile(lambda x, run=run: run(x, None), backend="eager", fullgraph=True)
         outs.append(kernel.apply(layer, x, None))
         # float32 sums in another order
         torch.testing.assert_close(outs[-1], format.linear(x, wire), rtol=1e-5, atol=1e-4)
