@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qurl.ptq.evaluation import Text, load_float32, quantized_in_memory
+from qurl.config.codebooks_file import resolved_codebooks
+from qurl.ptq.evaluation import Text, inputs_of, load_float32, quantized_in_memory
 from qurl.ptq.perplexity import DocumentLoss, decoded_activations
 from qurl.ptq.statistics import divergence, increase, perplexity, ratio
-from qurl.quantization import FORMATS, QuantizationFormat, select_targets
+from qurl.quantization import FORMATS, QuantizationFormat, resolved_format, select_targets
 from qurl.quantization.error_report import copy_error
 
 BASELINE = "none"
@@ -74,28 +74,28 @@ def run_perplexity_bench(
 ) -> list[PerplexityRow]:
     """A row per format, full precision first whether named or not; out: the folder of losses, and of the rows as JSON.
 
-    ignore: as quantization.ignore. relative_to: one of the formats. Raises ValueError for a format that does not exist or does not
-    fit the model."""
-    formats = list(dict.fromkeys((BASELINE, *formats)))
-    _check(formats, relative_to)
+    formats: keys of FORMATS, those of LO-BCQ also with a file of codebooks, as lobcq:FILE. ignore: as quantization.ignore.
+    relative_to: one of the formats. Raises ValueError for a format that does not exist or does not fit the model."""
+    quantizations = _resolved(formats)
+    relative_to = relative_to and _label(relative_to)
+    _check(list(quantizations), relative_to)
     full_precision = load_float32(model)
     linears = {name: module for name, module in full_precision.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted(select_targets(list(linears), ignore))
-    for name in formats:
+    for quantization in quantizations.values():
         for target in targets:
-            _check_columns(FORMATS[name], target, linears[target].in_features)
+            _check_columns(quantization, target, linears[target].in_features)
     rows, losses = [], {}
-    inputs = _inputs(full_precision, text, targets)
-    for name in formats:
-        quantization = FORMATS[name]
+    inputs = inputs_of(full_precision, text.documents[:NUM_ERROR_DOCUMENTS], targets)
+    for name, quantization in quantizations.items():
         replace = None if name == BASELINE else quantized_in_memory(
             quantization, targets, weights=operands is not Operands.activations, activations=operands is not Operands.weights
         )  # fmt: skip
         question = {"format": name, "codebooks": quantization.codebooks_sha256, "ignore": list(ignore), "operands": operands.value}
         path = out / operands.value / f"{name}.jsonl"
         losses[name] = text.losses(path, question, replace, partial(_report, progress, name, len(text.documents)))
-    for name in formats:
-        errors = _errors(FORMATS[name], {target: linears[target].weight for target in targets}, inputs)
+    for name, quantization in quantizations.items():
+        errors = _errors(quantization, {target: linears[target].weight for target in targets}, inputs)
         rows.append(_row(name, errors, losses, relative_to))
     (out / f"{operands.value}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return rows
@@ -105,9 +105,29 @@ def _report(progress: Progress, name: str, total: int, done: int) -> None:
     progress(name, done, total)
 
 
+def _label(format: str) -> str:
+    """What a format is called in rows and files: lobcq:FOLDER/books.json is lobcq:books."""
+    name, colon, file = format.partition(":")
+    return f"{name}{colon}{Path(file).stem}" if colon else name
+
+
+def _resolved(formats: Sequence[str]) -> dict[str, QuantizationFormat]:
+    """Formats by their labels, full precision first. Raises ValueError for one that does not exist, and two with one label."""
+    found: dict[str, QuantizationFormat] = {}
+    for format in dict.fromkeys((BASELINE, *formats)):
+        name, colon, file = format.partition(":")
+        if name not in FORMATS:
+            raise ValueError(f"--formats {format} is unknown; use some of {', '.join(FORMATS)}")
+        if _label(format) in found:
+            raise ValueError(f"--formats names two files {_label(format)}; rename one of them")
+        try:
+            found[_label(format)] = resolved_format(name, codebooks=resolved_codebooks(file, "--formats") if colon else None)
+        except ValueError as error:
+            raise ValueError(str(error).replace("quantization.codebooks", f"--formats {format}")) from error
+    return found
+
+
 def _check(formats: Sequence[str], relative_to: str | None) -> None:
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise ValueError(f"--formats {unknown[0]} is unknown; use some of {', '.join(FORMATS)}")
     if relative_to is not None and relative_to not in formats[1:]:
         raise ValueError(f"--relative-to {relative_to}: there is no increase to compare with; use one of {', '.join(formats[1:])}")
 
@@ -117,22 +137,6 @@ def _check_columns(quantization: QuantizationFormat, module: str, columns: int) 
         quantization.check_columns(columns)
     except ValueError as error:
         raise ValueError(f"{module}: {error}".replace("quantization.ignore", "--ignore")) from error
-
-
-@torch.no_grad()
-def _inputs(model: Any, text: Text, targets: Sequence[str]) -> dict[str, Tensor]:
-    """Activations [T, I] that enter each target, on the first windows of the first documents."""
-    found: dict[str, list[Tensor]] = {name: [] for name in targets}
-
-    def keep(name: str, module: nn.Module, args: tuple[Tensor]) -> None:
-        found[name].append(args[0].flatten(0, -2))
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in targets]
-    for document in text.documents[:NUM_ERROR_DOCUMENTS]:
-        model(input_ids=torch.tensor([document[0]], device=model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a Hugging Face folder or a run folder (its latest checkpoint)")
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet, or was begun by the same command")
     parser.add_argument("--format", required=True, help="int8, fp8, fp8_block, int4, nf4, mxfp4, nvfp4, lobcq, ...")
+    parser.add_argument("--codebooks", metavar="FILE", help="of the formats of LO-BCQ; default: the package's")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
     add_text_options(parser, required=False)
     parser.epilog = EPILOG
@@ -46,15 +47,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a source that cannot be quantized, or an output that is something else."""
     from qurl.cli.text_options import check_text_options
+    from qurl.config.codebooks_file import resolved_codebooks
     from qurl.ptq import QuantizeSettings, quantize_folder
     from qurl.ptq.evaluation import Text
-    from qurl.quantization import FORMATS
+    from qurl.quantization import FORMATS, resolved_format
 
     formats = [name for name in FORMATS if name != "none"]
     if args.format not in formats:
         raise ConfigError(f"--format {args.format}: nothing to quantize to; use one of {', '.join(formats)}")
     check_text_options(args)
-    settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore))
+    codebooks = resolved_codebooks(args.codebooks, "--codebooks")
+    try:
+        resolved_format(args.format, codebooks=codebooks)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("quantization.codebooks", f"--codebooks {args.codebooks}")) from error
+    settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore), codebooks=codebooks)
     with _source(args.source, args.out) as source:
         text = Text(source, args.text, args.max_documents, args.context) if args.text else None
         with _bar("tensors") as (bar, task):

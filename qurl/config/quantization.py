@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from qurl.config.codebooks_file import resolved_codebooks
+
 
 class UpdateAwareness(Enum):
     """How tiny updates are kept visible after quantization."""
@@ -24,5 +26,11 @@ class QuantizationConfig:
     precision: Any = None
     """Of format=axbxp: a setting such as k2-w2g16-a3g1, or a mapping of module names or "re:<regex>" to settings, of which the
     first that matches a layer counts. null: the format's own."""
+    codebooks: Any = None
+    """Of the formats of LO-BCQ: a file of codebooks with their layout, whose content takes the place of its path. null: those of
+    the package."""
     update_awareness: UpdateAwareness = UpdateAwareness.none
     invariant_scale: float = 1.5  # s; only read with update_awareness=invariant_scaling
+
+    def __post_init__(self) -> None:
+        self.codebooks = resolved_codebooks(self.codebooks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from qurl.config.codebooks_file import resolved_codebooks
 from qurl.config.validate import MAX_SEED
 from qurl.errors import ConfigError
 from qurl.evaluation.benchmarks import BENCHMARKS, PROMPTS
@@ -20,6 +21,7 @@ class EvalConfig:
     format: str = "none"  # key of qurl.quantization.FORMATS; the checkpoint is encoded as it loads
     ignore: list[str] = field(default_factory=list)  # as quantization.ignore
     precision: str | None = None  # as quantization.precision, one setting for the model
+    codebooks: Any = None  # as quantization.codebooks
     samples: int = 1  # per problem
     k: list[int] = field(default_factory=list)  # of pass@k; empty: the number of samples
     temperature: float = 0.0  # 0: greedy
@@ -31,12 +33,15 @@ class EvalConfig:
     prompt: str | None = None  # key of PROMPTS or a template with {problem}; default: each benchmark's own
     reward: str | None = None  # as reward.function; default: each benchmark's own
     chat_template: bool | None = None  # default: where the tokenizer has one
-    out: str | None = None  # folder of the evaluation; default: evals/<model>-<format>, then -<precision> if one is given
+    out: str | None = None  # folder of the evaluation; default: evals/<model>-<format>[-<precision>][-<hash of codebooks>]
     engines: int = 1
     tensor_parallel_size: int = 1
     engine_args: dict[str, Any] = field(default_factory=dict)  # handed to vLLM under vLLM's names
     reward_timeout_s: float = 10.0
     reward_workers: int = 1
+
+    def __post_init__(self) -> None:
+        self.codebooks = resolved_codebooks(self.codebooks, "--codebooks")
 
 
 FREE_FIELDS = frozenset({"out", "k", "engines", "reward_workers"})

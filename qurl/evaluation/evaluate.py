@@ -27,7 +27,7 @@ from qurl.learner.huggingface import check_weight_files
 from qurl.plan.model_facts import read_model_facts
 from qurl.plan.preflight import check_engine_args, check_model
 from qurl.plug import resolve
-from qurl.quantization import FORMATS, check_precision
+from qurl.quantization import FORMATS, resolved_format
 from qurl.rewards import REWARDS, VOTES, RewardPool, check_reward_function
 from qurl.rollout.request import Sampling
 from qurl.trainer.export import export_run, latest_checkpoint
@@ -71,7 +71,7 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
     first, with ValueError."""
     if config.format not in FORMATS:
         raise ConfigError(f"--format {config.format} is unknown; use one of {', '.join(FORMATS)}")
-    check_precision(FORMATS[config.format], config.precision)
+    resolved_format(config.format, codebooks=config.codebooks, precision=config.precision)
     for name in config.benchmarks:
         resolve(REWARDS, reward_config(config, name).function, "--reward")
     place_engines(config, len(hardware.gpus()), hardware.num_cores())
@@ -96,8 +96,9 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
 
 
 def output_folder(config: EvalConfig) -> Path:
-    """--out, or evals/<model>-<format>, then -<precision> if one is given."""
+    """--out, or evals/<model>-<format>, then -<precision> or the start of the codebooks' hash, where given."""
     words = [Path(config.model).name, config.format, *([config.precision] if config.precision else [])]
+    words += [config.codebooks["sha256"][:12]] if config.codebooks else []
     return Path(config.out or f"evals/{'-'.join(words)}").expanduser()
 
 

@@ -16,6 +16,7 @@ OPTIONS = {
     "data.max_prompt_tokens": "--max-prompt-tokens",
     "data.prompt_template": "--prompt",
     "model.path": "MODEL",
+    "quantization.codebooks": "--codebooks",
     "quantization.ignore": "--ignore",
     "quantization.precision": "--precision",
     "quantization=": "--format ",

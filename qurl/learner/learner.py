@@ -49,14 +49,12 @@ from qurl.learner.reward_penalty import charge_kl
 from qurl.learner.value_targets import fill_value_targets
 from qurl.learner.weights import iter_all_weights, iter_share, linear_names
 from qurl.observability.metrics import Last, Mean, Metric
-from qurl.plug import resolve
 from qurl.quantization import (
-    FORMATS,
     QuantizationFormat,
     fold_invariant_scaling,
+    resolved_format,
     scaled_linear_weights,
     select_targets,
-    with_precision,
 )
 from qurl.sync import EngineHandle, SendReport, WeightSender
 from qurl.types import MicroBatch, TrainingSample
@@ -127,8 +125,8 @@ class Learner:
         rounds = quantization.update_awareness is UpdateAwareness.stochastic_rounding
         targets = _targets(weights, quantization)
         self._sender = WeightSender(
-            sync, _format(quantization, targets), targets,
-            _wire_dtype(engine_dtype), rank, world_size, rounding_seed=seed if rounds else None,
+            sync, _format(quantization, targets), targets, _wire_dtype(engine_dtype), rank, world_size,
+            rounding_seed=seed if rounds else None,
         )
         if quantization.update_awareness is UpdateAwareness.invariant_scaling:
             fold_invariant_scaling(weights, quantization.invariant_scale)
@@ -358,8 +356,9 @@ def _targets(model: nn.Module, quantization: QuantizationConfig) -> frozenset[st
 
 
 def _format(quantization: QuantizationConfig, targets: frozenset[str]) -> QuantizationFormat:
-    format = resolve(FORMATS, quantization.format, "quantization.format")
-    return with_precision(format, quantization.precision, sorted(targets))
+    return resolved_format(
+        quantization.format, codebooks=quantization.codebooks, precision=quantization.precision, layers=sorted(targets)
+    )
 
 
 def _wire_dtype(name: str) -> torch.dtype:

@@ -16,7 +16,7 @@ from qurl.hardware import Hardware
 from qurl.learner.deepspeed_config import deepspeed_config, offload_device
 from qurl.learner.policy import LOGIT_BYTES
 from qurl.plan.model_facts import ModelFacts
-from qurl.quantization import FORMATS
+from qurl.quantization import resolved_format
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP
 from qurl.quantization.grouped import GroupedFormat
 from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
@@ -105,7 +105,7 @@ class EngineMemory:
 def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) -> int:
     """Bytes of one full weight update."""
     plain = DTYPE_BYTES[config.rollout.dtype]
-    bits_per_weight = FORMATS[config.quantization.format].bits_per_weight
+    bits_per_weight = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks).bits_per_weight
     total = 0.0
     for name, shape in model.parameters.items():
         quantized = name.removesuffix(".weight") in targets
@@ -123,7 +123,7 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
         quantized = engine_weight_bytes(ordinary, model, targets, machine, device)
         return max(quantized, wire_bytes(config, model, frozenset()))
     on_wire = wire_bytes(config, model, targets)
-    quantization = FORMATS[config.quantization.format]
+    quantization = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks)
     is_wide = quantization.name == "int8" and config.rollout.dtype != "bfloat16" and device == "cpu"
     is_emulated = is_wide and bool(machine.cpu_flags) and not machine.int8_instructions
     shapes = [shape for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets]

@@ -17,7 +17,7 @@ from qurl.errors import ConfigError
 from qurl.learner.deepspeed_config import deepspeed_config, known_deepspeed_keys
 from qurl.plan.model_facts import HUB_NAME, ModelFacts
 from qurl.plug import resolve
-from qurl.quantization import FORMATS, check_precision, select_targets, with_precision
+from qurl.quantization import FORMATS, resolved_format, select_targets, with_precision
 from qurl.quantization.axbxp import ALL_BLOCKS, AxBxP
 from qurl.rewards import REWARDS, check_reward_function
 from qurl.rollout.vllm_engine import CONTROLLED_ARGS, known_engine_args
@@ -39,7 +39,7 @@ def check_names(config: TrainConfig) -> None:
     if awareness is UpdateAwareness.stochastic_rounding and not FORMATS[name].rounds_stochastically:
         able = ", ".join(name for name, quantization in FORMATS.items() if quantization.rounds_stochastically)
         raise ConfigError(f"quantization.update_awareness=stochastic_rounding is not possible with {name}; use quantization={able}")
-    check_precision(FORMATS[name], config.quantization.precision)
+    resolved_format(name, codebooks=config.quantization.codebooks, precision=config.quantization.precision)
     deepspeed_config(config.learner, 1)
     check_engine_args(config.rollout.engine_args)
     if config.learner.deepspeed:
@@ -136,10 +136,13 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
             "weight, which cannot be divided; use rollout.tensor_parallel_size=1 or quantization=mxfp4"
         )
     targets = select_targets(model.linear_names, config.quantization.ignore)
-    with_precision(FORMATS[config.quantization.format], config.quantization.precision, sorted(targets))
+    quantization = config.quantization
+    format = resolved_format(
+        quantization.format, codebooks=quantization.codebooks, precision=quantization.precision, layers=sorted(targets)
+    )
     for name in sorted(targets):
         try:
-            FORMATS[config.quantization.format].check_columns(model.parameters[f"{name}.weight"][1])
+            format.check_columns(model.parameters[f"{name}.weight"][1])
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from error
     return targets

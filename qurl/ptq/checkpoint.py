@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qurl.quantization import FORMATS, QuantizationFormat
+from qurl.quantization import QuantizationFormat, resolved_format
 from qurl.quantization.error_report import copy_error
 from qurl.quantization.source import INDEX, Source, checked_targets, source_of_folder
-from qurl.vllm_plugin import quantization_config
+from qurl.vllm_plugin import CHECKPOINT_VERSION, quantization_config
 
 REPORT = "report.json"
 UNFINISHED = ".unfinished"
@@ -43,10 +43,12 @@ class QuantizeSettings:
 
     format: str  # key of FORMATS
     ignore: tuple[str, ...] = ()  # patterns of qurl.quantization.select_targets
+    codebooks: Mapping[str, Any] | None = None  # the content of a file of quantization.codebooks; None: the package's
 
     @property
     def quantization(self) -> QuantizationFormat:
-        return FORMATS[self.format]
+        """Raises ValueError as resolved_format does."""
+        return resolved_format(self.format, codebooks=self.codebooks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,16 +86,18 @@ def quantize_folder(
         opened = source_of_folder(source, stack)
         targets = checked_targets(opened, settings.ignore)
         _check_fusion(opened, targets, settings)
-        wanted = {**asdict(settings), "ignore": list(settings.ignore), "source": folder_digest(source)}
-        wanted |= {key: value for key, value in _config_entry(settings).items() if key in ("version", "codebooks")}
+        quantization = settings.quantization
+        wanted = {"format": settings.format, "ignore": list(settings.ignore), "source": folder_digest(source)}
+        wanted |= {"version": CHECKPOINT_VERSION}
+        wanted |= {} if quantization.codebooks_sha256 is None else {"codebooks": quantization.codebooks_sha256}
         if _is_begun(out, wanted):
             if not (out / UNFINISHED).exists():
                 return _read_report(out)
         else:
-            _check_weights(opened, targets, settings.quantization)
+            _check_weights(opened, targets, quantization)
             (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
             _write_json(out / UNFINISHED / "settings.json", wanted)
-        records = _write_files(opened, out, targets, settings.quantization, progress)
+        records = _write_files(opened, out, targets, quantization, progress)
     return _finish(opened, out, wanted, settings, records)
 
 
@@ -160,9 +164,10 @@ def _finish(
     matrices = [MatrixReport(**matrix) for record in records for matrix in record["matrices"]]
     matrices.sort(key=lambda matrix: -matrix.relative_error)
     numbers = {matrix.module: matrix.shape[0] * matrix.shape[1] for matrix in matrices}
-    suffixes = settings.quantization.encode(torch.ones(1, matrices[0].shape[1])).keys()
+    quantization = settings.quantization
+    suffixes = quantization.encode(torch.ones(1, matrices[0].shape[1])).keys()
     on_disk = sum(sizes[f"{module}.{suffix}"] for module in numbers for suffix in suffixes)
-    formula = sum(settings.quantization.bits_per_weight(matrix.shape) * numbers[matrix.module] for matrix in matrices)
+    formula = sum(quantization.bits_per_weight(matrix.shape) * numbers[matrix.module] for matrix in matrices)
     report = QuantizeReport(
         settings=wanted,
         matrices=matrices,
@@ -181,7 +186,7 @@ def _finish(
 
 
 def _config_entry(settings: QuantizeSettings) -> dict[str, Any]:
-    return quantization_config(settings.format, settings.ignore, encoded=True)
+    return quantization_config(settings.format, settings.ignore, encoded=True, codebooks=settings.codebooks)
 
 
 def _is_begun(out: Path, wanted: dict[str, Any]) -> bool:
@@ -211,7 +216,8 @@ def _check_weights(source: Source, targets: frozenset[str], quantization: Quanti
         try:
             quantization.check_columns(source.shapes[f"{module}.weight"][-1])
         except ValueError as error:
-            raise ValueError(f"{module}: {error}".replace("quantization.ignore", "--ignore")) from error
+            told = str(error).replace("quantization.ignore", "--ignore").replace("quantization.codebooks", "--codebooks")
+            raise ValueError(f"{module}: {told}") from error
     for module in sorted(targets):
         weight = source.read(f"{module}.weight")
         if not bool(weight.isfinite().all()):

@@ -6,11 +6,12 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qurl.data.documents import load_documents
 from qurl.ptq.checkpoint import folder_digest
@@ -74,6 +75,27 @@ def load_float32(folder: Path) -> Any:
     if found["missing_keys"]:
         raise ValueError(f"{folder}: {sorted(found['missing_keys'])[0]} is missing; give a complete checkpoint")
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def inputs_of(
+    model: Any, documents: Sequence[Sequence[list[int]]], targets: Sequence[str], num_tokens: int | None = None
+) -> dict[str, Tensor]:
+    """Activations [T, I] that enter each target, on the first window of each document.
+
+    num_tokens: at most so many of a window, spread evenly; None: all."""
+    found: dict[str, list[Tensor]] = {name: [] for name in targets}
+
+    def keep(name: str, module: nn.Module, args: tuple[Tensor]) -> None:
+        tokens = args[0].flatten(0, -2)
+        found[name].append(tokens if num_tokens is None else tokens[:: -(-len(tokens) // num_tokens)].clone())
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in targets]
+    for document in documents:
+        model(input_ids=torch.tensor([document[0]], device=model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def quantized_in_memory(

@@ -1,5 +1,8 @@
 """Quantization formats of the rollout weights and what is done with them. Needs torch alone, but for export_checkpoint."""
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP, check_precision, parse, with_precision
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.changes import changed_codes
@@ -10,7 +13,7 @@ from qurl.quantization.fp8_block import Fp8Block
 from qurl.quantization.int4 import Int4
 from qurl.quantization.int8 import Int8
 from qurl.quantization.invariant_scaling import fold_invariant_scaling, scaled_linear_weights
-from qurl.quantization.lobcq import Layout, LoBcq
+from qurl.quantization.lobcq import Layout, LoBcq, with_codebooks
 from qurl.quantization.mxfp4 import MxFp4
 from qurl.quantization.nf4 import Nf4
 from qurl.quantization.none import Unquantized
@@ -40,8 +43,25 @@ FORMATS: dict[str, QuantizationFormat] = {
 }
 """Formats by the name that `quantization.format` takes."""
 
+
+def resolved_format(
+    name: str, *, codebooks: Any = None, precision: str | Mapping[str, str] | None = None, layers: Collection[str] | None = None
+) -> QuantizationFormat:
+    """The format that `quantization.format`, `quantization.codebooks` and `quantization.precision` name.
+
+    layers: its quantized modules; None where they are not known yet, and the precision is only checked. Raises ValueError for an
+    unknown name, and as with_codebooks and with_precision do."""
+    if name not in FORMATS:
+        raise ValueError(f"quantization.format={name!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
+    format = with_codebooks(FORMATS[name], codebooks)
+    if layers is not None:
+        return with_precision(format, precision, layers)
+    check_precision(format, precision)
+    return format
+
+
 __all__ = [
     "FORMATS", "ErrorReport", "MatrixError", "QuantizationFormat", "changed_codes", "check_precision", "error_report",
-    "export_checkpoint", "fold_invariant_scaling", "matrix_error", "rounding_generator", "scaled_linear_weights", "select_targets",
-    "with_precision",
+    "export_checkpoint", "fold_invariant_scaling", "matrix_error", "resolved_format", "rounding_generator", "scaled_linear_weights",
+    "select_targets", "with_precision",
 ]

@@ -66,6 +66,11 @@ class QuantizationFormat(ABC):
         """Of the codebooks without which codes mean nothing; None where the format has none."""
         return None
 
+    @property
+    def key(self) -> str:
+        """The name and the codebooks: the same key is the same arithmetic, in every process."""
+        return self.name if self.codebooks_sha256 is None else f"{self.name}:{self.codebooks_sha256}"
+
     @abstractmethod
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """Bits on the wire, scales included, over the number of weights of a matrix of shape (O, I)."""

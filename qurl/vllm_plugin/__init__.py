@@ -1,7 +1,7 @@
 """The vLLM side of qurl: low-precision linear layers whose weights can be replaced while the engine lives.
 
-    engine_args(format, ignore, precision)  what LLM(), EngineArgs or LLMEngine must be given
-    register()                              vLLM's entry point; runs in every vLLM process
+    engine_args(format, ignore, ...)  what LLM(), EngineArgs or LLMEngine must be given
+    register()                        vLLM's entry point; runs in every vLLM process
 
 Importing this package imports nothing of vLLM."""
 
@@ -34,47 +34,66 @@ def register() -> None:
 
 
 def engine_args(
-    format: str, ignore: Sequence[str] = (), precision: str | Mapping[str, str] | None = None
+    format: str,
+    ignore: Sequence[str] = (),
+    precision: str | Mapping[str, str] | None = None,
+    codebooks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's LLM or EngineArgs: an engine that holds `format` and accepts qurl's weight stream.
 
-    format: key of qurl.quantization.FORMATS. ignore, precision: as in the group quantization. The model may be an ordinary
-    checkpoint, which is encoded while it loads. A pattern that matches nothing raises ValueError when the engine starts. Raises
-    ValueError for an unknown format or setting."""
+    format: key of qurl.quantization.FORMATS. ignore, precision: as in the group quantization. codebooks: the content of a file
+    of quantization.codebooks. The model may be an ordinary checkpoint, which is encoded while it loads. A pattern that matches
+    nothing raises ValueError when the engine starts. Raises ValueError as qurl.quantization.resolved_format does."""
     import torch
 
+    config = quantization_config(format, ignore, precision=precision, codebooks=codebooks)
     arguments = {
         "quantization": NAME,
-        "hf_overrides": {"quantization_config": quantization_config(format, ignore, precision=precision)},
+        "hf_overrides": {"quantization_config": config},
         "weight_transfer_config": {"backend": NAME},
     }
     return arguments if torch.cuda.is_available() else arguments | {"worker_cls": "qurl.vllm_plugin.cpu_worker.QurlCpuWorker"}
 
 
 def quantization_config(
-    format: str, ignore: Sequence[str] = (), *, encoded: bool = False, precision: str | Mapping[str, str] | None = None
+    format: str,
+    ignore: Sequence[str] = (),
+    *,
+    encoded: bool = False,
+    precision: str | Mapping[str, str] | None = None,
+    codebooks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` entry of config.json that selects this plugin.
 
     encoded: the checkpoint already holds wire tensors (codes as "weight", scales by their suffixes) for the quantized modules;
     the entry then also says by which version of their layout and, where the format has codebooks, by the SHA-256 of which.
-    Raises ValueError for an unknown format or setting."""
-    from qurl.quantization import FORMATS, check_precision
+    codebooks: the content of a file of quantization.codebooks, which the entry then holds, so that it needs no file. Raises
+    ValueError as qurl.quantization.resolved_format does."""
+    from qurl.quantization import resolved_format
 
-    if format not in FORMATS:
-        raise ValueError(f"quantization.format={format!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
-    check_precision(FORMATS[format], precision)
+    found = resolved_format(format, codebooks=codebooks, precision=precision)
     config: dict[str, Any] = {"quant_method": NAME, "format": format, "ignore": list(ignore), "encoded": encoded}
     if precision is not None:
         config["precision"] = precision if isinstance(precision, str) else dict(precision)
-    return config | _encoding(FORMATS[format]) if encoded else config
+    config |= _own_codebooks(found)
+    return config | _encoding(found) if encoded else config
 
 
-def check_encoding(config: Mapping[str, Any]) -> None:
+def format_of(config: Mapping[str, Any]) -> QuantizationFormat:
+    """Of a `quantization_config` that quantization_config made. Raises ValueError as it does, and as check_encoding."""
+    from qurl.quantization import resolved_format
+
+    codebooks = config.get("codebooks")
+    own = None if isinstance(codebooks, str) else codebooks  # a hash is one of the package's
+    format = resolved_format(str(config.get("format")), codebooks=own, precision=config.get("precision"))
+    if config.get("encoded", False):
+        check_encoding(config, format)
+    return format
+
+
+def check_encoding(config: Mapping[str, Any], format: QuantizationFormat) -> None:
     """Raises ValueError where the tensors of an encoded checkpoint, by its `quantization_config`, mean other numbers here."""
-    from qurl.quantization import FORMATS
-
-    expected = _encoding(FORMATS[config["format"]])
+    expected = _encoding(format)
     for key, words in (("version", "another version"), ("codebooks", "other codebooks")):
         if config.get(key) != expected.get(key):
             raise ValueError(
@@ -85,4 +104,12 @@ def check_encoding(config: Mapping[str, Any]) -> None:
 
 def _encoding(format: QuantizationFormat) -> dict[str, Any]:
     sha256 = format.codebooks_sha256
-    return {"version": CHECKPOINT_VERSION} | ({} if sha256 is None else {"codebooks": sha256})
+    return {"version": CHECKPOINT_VERSION} | ({} if sha256 is None else {"codebooks": sha256}) | _own_codebooks(format)
+
+
+def _own_codebooks(format: QuantizationFormat) -> dict[str, Any]:
+    """Their content, under the key that holds the hash of the package's."""
+    from qurl.quantization.lobcq import LoBcq
+
+    own = format.own_codebooks if isinstance(format, LoBcq) else None
+    return {} if own is None else {"codebooks": own.content}

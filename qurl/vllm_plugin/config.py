@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from qurl.quantization import FORMATS, select_targets, with_precision
 from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.base import QuantizationFormat
-from qurl.vllm_plugin import NAME, check_encoding
+from qurl.vllm_plugin import NAME, format_of
 from qurl.vllm_plugin.axbxp import one_precision
 from qurl.vllm_plugin.embedding import QurlEmbeddingMethod
 from qurl.vllm_plugin.linear import QurlLinearMethod
@@ -43,15 +43,10 @@ class QurlConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QurlConfig:
-        """From the `quantization_config` of a config.json (see qurl.vllm_plugin.quantization_config). Raises ValueError for an
-        unknown format and as check_encoding does, before any weight is read."""
-        name = cls.get_from_keys(config, ["format"])
-        if name not in FORMATS:
-            raise ValueError(f"quantization_config.format={name!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
+        """From the `quantization_config` of a config.json (see qurl.vllm_plugin.quantization_config). Raises ValueError as
+        format_of does, before any weight is read."""
         encoded = bool(config.get("encoded", False))
-        if encoded:
-            check_encoding(config)
-        return cls(FORMATS[name], list(config.get("ignore", ())), encoded, config.get("precision"))
+        return cls(format_of(config), list(config.get("ignore", ())), encoded, config.get("precision"))
 
     def get_name(self) -> Any:
         return NAME

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.grouped import GroupedFormat
@@ -38,6 +37,8 @@ from qurl.vllm_plugin import compat
 
 logger = logging.getLogger(__name__)
 _announced: set[str] = set()
+_formats: dict[str, QuantizationFormat] = {}
+"""Of the layers of this process, by QuantizationFormat.key: operators take a word, since a compiler knows no formats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,7 +252,7 @@ class Emulation(CodeKernel):
     """The format's own torch arithmetic: same codes, same scales, float32 products. Slow; for CPUs without the instructions."""
 
     def __init__(self, format: QuantizationFormat, shape: LayerShape) -> None:
-        self.format_name = format.name
+        self.format_key = register_format(format)
         self.shape = shape
         self.partitions = list(shape.partitions)
         self.codes = self.scale = torch.empty(0)
@@ -261,7 +262,7 @@ class Emulation(CodeKernel):
         self.scale = into_storage(self.scale, rows["weight_scale"])
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.qurl.emulated_linear(x, self.codes, self.scale, bias, self.format_name, self.partitions)
+        return torch.ops.qurl.emulated_linear(x, self.codes, self.scale, bias, self.format_key, self.partitions)
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return self.codes, self.scale
@@ -272,8 +273,9 @@ def _emulated_linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, format: str, partitions: Sequence[int]
 ) -> Tensor:
     """An operator of its own, so that a compiler leaves the arithmetic alone."""
-    matrices = split_wire(FORMATS[format], {"weight": codes, "weight_scale": scale}, partitions)
-    out = torch.cat([FORMATS[format].linear(x.float(), wire) for wire in matrices], dim=-1)
+    quantization = registered_format(format)
+    matrices = split_wire(quantization, {"weight": codes, "weight_scale": scale}, partitions)
+    out = torch.cat([quantization.linear(x.float(), wire) for wire in matrices], dim=-1)
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
@@ -288,6 +290,7 @@ class Decoded(LinearKernel):
 
     def __init__(self, format: GroupedFormat, shape: LayerShape) -> None:
         self.format = format
+        self.format_key = register_format(format)
         self.shape = shape
         self.weight = torch.empty(0)
 
@@ -296,7 +299,7 @@ class Decoded(LinearKernel):
         layer.register_parameter("weight", as_parameter(self.weight))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.qurl.decoded_linear(x, layer.weight, bias, self.format.name)
+        return torch.ops.qurl.decoded_linear(x, layer.weight, bias, self.format_key)
 
     def decoded(self, layer: Any, format: QuantizationFormat, partitions: Sequence[int]) -> list[Tensor]:
         return [part.clone() for part in layer.weight.data.split(list(partitions))]
@@ -305,7 +308,7 @@ class Decoded(LinearKernel):
 @torch.library.custom_op("qurl::decoded_linear", mutates_args=())
 def _decoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
     """As emulated_linear, with a decoded weight."""
-    quantization = FORMATS[format]
+    quantization = registered_format(format)
     assert isinstance(quantization, GroupedFormat)
     return quantization.linear_decoded(x, weight, bias)
 
@@ -313,6 +316,17 @@ def _decoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, format: str)
 @_decoded_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def register_format(format: QuantizationFormat) -> str:
+    """The key by which registered_format finds it, in this process."""
+    _formats[format.key] = format
+    return format.key
+
+
+def registered_format(key: str) -> QuantizationFormat:
+    """Of a layer that was made in this process."""
+    return _formats[key]
 
 
 def num_wire_rows(format: QuantizationFormat, name: str, rows: int) -> int:

@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qurl.quantization import FORMATS
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, has_kernel, kernel_of
 from qurl.quantization.lobcq import LoBcq
-from qurl.vllm_plugin.kernels import LayerShape, LinearKernel, as_parameter, decode_parts, into_storage
+from qurl.vllm_plugin.kernels import (
+    LayerShape,
+    LinearKernel,
+    as_parameter,
+    decode_parts,
+    into_storage,
+    register_format,
+    registered_format,
+)
 
 
 def is_for(format: QuantizationFormat, shape: LayerShape) -> bool:
@@ -27,7 +34,7 @@ class PackedLoBcq(LinearKernel):
 
     def __init__(self, format: QuantizationFormat, shape: LayerShape) -> None:
         assert isinstance(format, LoBcq)
-        self.format_name = format.name
+        self.format_key = register_format(format)
         self.shape = shape
         self.kernel = kernel_of(format)
         self.packed = torch.empty(0, dtype=torch.uint8)
@@ -38,7 +45,7 @@ class PackedLoBcq(LinearKernel):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
-            return torch.ops.qurl.lobcq_linear(x, layer.weight, bias, self.shape.rows, self.format_name)
+            return torch.ops.qurl.lobcq_linear(x, layer.weight, bias, self.shape.rows, self.format_key)
         return _linear(self.kernel, x, layer.weight, bias, self.shape.rows)  # a call of an operator takes longer than this one
 
     def decoded(self, layer: Any, format: QuantizationFormat, partitions: Sequence[int]) -> list[Tensor]:
@@ -49,7 +56,7 @@ class PackedLoBcq(LinearKernel):
 @torch.library.custom_op("qurl::lobcq_linear", mutates_args=())
 def _lobcq_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, format: str) -> Tensor:
     """An operator of its own, so that a compiler sees one node."""
-    quantization = FORMATS[format]
+    quantization = registered_format(format)
     assert isinstance(quantization, LoBcq)
     return _linear(kernel_of(quantization), x, packed, bias, rows)
 

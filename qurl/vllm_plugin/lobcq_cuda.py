@@ -25,7 +25,7 @@ class CudaLoBcq(LinearKernel):
         if format.layout.array < SMALLEST_ARRAY:
             raise ValueError(
                 f"quantization.format={format.name} has arrays of {format.layout.array} columns, and GPUs multiply "
-                f"{SMALLEST_ARRAY} or more at once; use quantization.format=lobcq"
+                f"{SMALLEST_ARRAY} or more at once; give quantization.codebooks with longer arrays (L_A)"
             )
         self.format = format
         self.names: tuple[str, ...] = ()

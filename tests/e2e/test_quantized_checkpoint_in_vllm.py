@@ -19,7 +19,9 @@ vllm = pytest.importorskip("vllm")
 
 from qurl.ptq import QuantizeSettings, quantize_folder  # noqa: E402
 from qurl.ptq.evaluation import load_float32, quantized_on_disk  # noqa: E402
-from qurl.quantization import FORMATS  # noqa: E402
+from qurl.quantization import FORMATS, resolved_format  # noqa: E402
+from qurl.quantization.lobcq import Layout  # noqa: E402
+from qurl.quantization.lobcq.calibrate import make  # noqa: E402
 from qurl.vllm_plugin import engine_args  # noqa: E402
 
 pytestmark = pytest.mark.e2e
@@ -90,6 +92,28 @@ def test_a_checkpoint_is_served_as_the_engine_that_encodes_while_it_loads_and_as
     print(name, "gap", float(gap.mean()), float(gap.max()), "effect", float(effect.mean()))
     # 1e-6 where nothing rounds the other way; a number next to a boundary may: one step of E4M3 makes 2 % of the effect
     assert float(gap.mean()) < 0.15 * float(effect.mean())
+
+
+def test_a_checkpoint_with_codebooks_and_a_layout_of_its_own_is_served_by_what_its_config_holds(source, tmp_path):
+    codebooks = make(Layout(block=4, array=32, num_codebooks=8), num_rows=8).codebooks.content
+    format = resolved_format("lobcq", codebooks=codebooks)
+    report = quantize_folder(source, tmp_path / "out", QuantizeSettings(format="lobcq", codebooks=codebooks))
+    reference = load_float32(source)
+    full_precision = reference_logprobs(reference)
+    quantized_on_disk(tmp_path / "out", format, [matrix.module for matrix in report.matrices])(reference)
+    expected = reference_logprobs(reference)
+    with (
+        engine(tmp_path / "out") as served,
+        engine(source, **engine_args("lobcq", codebooks=codebooks)) as encoding,
+        engine(source, **engine_args("lobcq")) as packaged,
+    ):
+        found = prompt_logprobs(served)
+        assert torch.equal(found, prompt_logprobs(encoding))
+        assert not torch.equal(found, prompt_logprobs(packaged))  # beside each other in one process
+        assert torch.equal(found, prompt_logprobs(served))
+    gap, effect = (found - expected).abs(), (expected - full_precision).abs()
+    print("own codebooks, gap", float(gap.mean()), float(gap.max()), "effect", float(effect.mean()))
+    assert float(gap.mean()) < 0.15 * float(effect.mean())  # as above
 
 
 @pytest.mark.parametrize(("key", "value"), [("version", 99), ("codebooks", "0" * 64)])

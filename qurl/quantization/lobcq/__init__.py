@@ -9,13 +9,15 @@ then frozen and shared by weights and activations of all layers and models.
     codebooks    the frozen numbers, files of this package known by their hash
     calibration  how they are found; `python -m qurl.quantization.lobcq.calibrate` makes the files
     format       encode, decode and the arithmetic of a layer
+    assign       `quantization.codebooks`: a format with others than the package's
 
 The paper has no published code. What follows it from its text: the format, the two alternating steps, codewords of 6 bits. What is
 reconstructed: the normalization (an equivalent form, see format), the initialization and what the codebooks are calibrated on,
 which here are synthetic weights and activations, see samples. Codewords of 8 bits are ours."""
 
+from qurl.quantization.lobcq.assign import with_codebooks
 from qurl.quantization.lobcq.codebooks import Codebooks, load_codebooks
 from qurl.quantization.lobcq.format import LoBcq
 from qurl.quantization.lobcq.layout import Layout
 
-__all__ = ["Codebooks", "Layout", "LoBcq", "load_codebooks"]
+__all__ = ["Codebooks", "Layout", "LoBcq", "load_codebooks", "with_codebooks"]

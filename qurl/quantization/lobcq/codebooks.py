@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ class Codebooks:
         """Of layout and entries."""
         content = json.dumps({"layout": asdict(self.layout), "codebooks": self.entries}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """As plain data that codebooks_of reads: what a file holds, and what travels to engines on other machines."""
+        return {"layout": asdict(self.layout), "sha256": self.sha256, "codebooks": [list(book) for book in self.entries]}
 
     @cached_property
     def table(self) -> Tensor:
@@ -91,9 +97,10 @@ def book_order(book: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
 
 def save_codebooks(codebooks: Codebooks, path: Path, command: str) -> None:
     """Write a file that load_codebooks reads. command: how the codebooks were made."""
-    lines = {"command": command, "layout": asdict(codebooks.layout), "sha256": codebooks.sha256}
+    content = codebooks.content
+    lines = {"command": command, "layout": content["layout"], "sha256": content["sha256"]}
     head = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in lines.items())
-    books = ",\n".join(json.dumps(book) for book in codebooks.entries)
+    books = ",\n".join(json.dumps(book) for book in content["codebooks"])
     path.write_text(f'{{{head},\n"codebooks": [\n{books}\n]}}\n', encoding="utf-8")
 
 
@@ -101,15 +108,23 @@ def load_codebooks(path: Path, sha256: str | None = None) -> Codebooks:
     """Codebooks of a file. Raises ValueError where it is damaged, or its hash is not `sha256` (default: the one it states)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no LO-BCQ codebooks: {error}") from error
+    return codebooks_of(content, str(path), sha256)
+
+
+def codebooks_of(content: Any, source: str, sha256: str | None = None) -> Codebooks:
+    """The inverse of Codebooks.content. source: where it comes from, for errors. Raises ValueError as load_codebooks does."""
+    try:
         entries = tuple(tuple(int(entry) for entry in book) for book in content["codebooks"])
         codebooks = Codebooks(layout=Layout(**content["layout"]), entries=entries)
         expected = sha256 or str(content["sha256"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no LO-BCQ codebooks: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} holds no LO-BCQ codebooks: {type(error).__name__}: {error}") from error
     if codebooks.sha256 != expected:
         raise ValueError(
-            f"{path} holds LO-BCQ codebooks {codebooks.sha256[:12]}, not {expected[:12]}, with which weights would decode to wrong "
-            "numbers; restore the file, or make it again with the command that it names"
+            f"{source} holds LO-BCQ codebooks {codebooks.sha256[:12]}, not {expected[:12]}, with which weights would decode to "
+            "wrong numbers; restore the file, or make it again with the command that it names"
         )
     return codebooks
 

@@ -47,9 +47,22 @@ class LoBcq(GroupedFormat):
         return load_codebooks(FOLDER / self.layout.file_name, self._given)
 
     @property
+    def own_codebooks(self) -> Codebooks | None:
+        """Where they are not the package's."""
+        return self._given if isinstance(self._given, Codebooks) else None
+
+    @property
     def codebooks_sha256(self) -> str:
         """Of layout and entries."""
         return self.codebooks.sha256
+
+    def check_columns(self, columns: int) -> None:
+        """Raises ValueError where L_A does not divide them."""
+        if columns % self.layout.array:
+            raise ValueError(
+                f"quantization={self.name} needs a multiple of {self.layout.array} input features, not {columns}; add the layer to "
+                "quantization.ignore, give quantization.codebooks with shorter arrays (L_A), or use quantization=int8"
+            )
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Codes, books and scales; ValueError for NaN, Inf or a number of inputs that is no multiple of L_A."""

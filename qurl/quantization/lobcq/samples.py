@@ -45,11 +45,18 @@ def calibration_blocks(layout: Layout, num_rows: int, seed: int) -> Tensor:
     weights, activations = sample_weights(num_rows, generator), sample_activations(num_rows, generator)
     blocks = []
     for rows, amax in ((weights, weights.abs().amax().view(1)), (activations, activations.abs().amax(dim=1, keepdim=True))):
-        groups = rows.unflatten(-1, (-1, layout.array))
-        global_scale = global_scale_of(amax, layout.largest)
-        scale = e4m3_scales(groups.abs().amax(dim=-1), global_scale, layout.largest, 0.0).float()
-        blocks.append((groups * (global_scale / scale)[..., None]).reshape(-1, layout.block))
+        blocks.append(blocks_of(rows, amax, layout))
     return torch.cat(blocks)
+
+
+def blocks_of(rows: Tensor, amax: Tensor, layout: Layout) -> Tensor:
+    """float32 [n, L_b]: rows [R, I] in codewords, as the format scales them; without arrays whose scale is 0.
+
+    amax: of what shares the float32 scale, [1] for a weight and [R, 1] for tokens."""
+    groups = rows.unflatten(-1, (-1, layout.array))
+    global_scale = global_scale_of(amax, layout.largest)
+    scale = e4m3_scales(groups.abs().amax(dim=-1), global_scale, layout.largest, 0.0).float()
+    return (groups * (global_scale / scale)[..., None])[scale > 0].reshape(-1, layout.block)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -3,12 +3,12 @@
 import pytest
 
 from qurl.quantization import FORMATS
-from qurl.vllm_plugin import check_encoding, quantization_config
+from qurl.vllm_plugin import format_of, quantization_config
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_this_version_writes_it_reads(name):
-    check_encoding(quantization_config(name, encoded=True))
+    assert format_of(quantization_config(name, encoded=True)) is FORMATS[name]
 
 
 def test_another_version_or_codebooks_are_refused_with_what_would_work():
@@ -22,7 +22,7 @@ def test_another_version_or_codebooks_are_refused_with_what_would_work():
     ]
     for config, message in others:
         with pytest.raises(ValueError, match=message):
-            check_encoding(config)
+            format_of(config)
 
 
 def test_a_checkpoint_that_is_encoded_while_it_loads_says_nothing_of_it():

@@ -1,6 +1,7 @@
 """LO-BCQ layers of an engine on the CPU: which kernel they get, what it computes and gives back."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
-from qurl.quantization import FORMATS
+from qurl.quantization import FORMATS, resolved_format
 from qurl.quantization.kernels.cpu import library
 from qurl.quantization.kernels.cpu.library import KernelsUnavailable
-from qurl.quantization.lobcq import Layout, LoBcq
+from qurl.quantization.lobcq import Codebooks, Layout, LoBcq
 from qurl.vllm_plugin import kernels
 from qurl.vllm_plugin.kernels import Decoded, LayerShape, rows_of, select_kernel
 from qurl.vllm_plugin.lobcq import PackedLoBcq
@@ -81,13 +82,41 @@ def test_a_compiled_layer_is_one_node_and_computes_the_same():
     compiled = torch.compile(lambda x: kernel.apply(layer, x, bias), backend=keep, fullgraph=True)
     assert torch.equal(compiled(x), kernel.apply(layer, x, bias))
     assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"] == [torch.ops.qurl.lobcq_linear]
-    torch.library.opcheck(torch.ops.qurl.lobcq_linear, (x, layer.weight.data, bias, 84, "lobcq"), test_utils="test_faketensor")
+    arguments = (x, layer.weight.data, bias, 84, FORMATS["lobcq"].key)
+    torch.library.opcheck(torch.ops.qurl.lobcq_linear, arguments, test_utils="test_faketensor")
 
 
 def test_other_devices_formats_and_layouts_are_decoded():
     other = LoBcq("lobcq_array_128", Layout(array=128), FORMATS["lobcq"].codebooks)
     for format, shape in ((FORMATS["lobcq"], shape_of(8, device="meta")), (FORMATS["nvfp4"], shape_of(8)), (other, shape_of(8))):
         assert isinstance(select_kernel(format, nn.Module(), shape), Decoded)
+
+
+OTHER = Layout(block=4, array=32, num_codebooks=8)
+
+
+@pytest.mark.parametrize(("layout", "kernel_class"), [(Layout(), PackedLoBcq), (OTHER, Decoded)])
+def test_codebooks_of_a_file_beside_the_packages_in_one_process(layout, kernel_class):
+    even = tuple(tuple(round((31 - layout.num_codebooks + k) * (2 * c - 15) / 15) for c in range(16))
+                 for k in range(layout.num_codebooks))  # fmt: skip
+    own = resolved_format("lobcq", codebooks=Codebooks(layout=layout, entries=even).content)
+    x, weight, outs = normal(5, 192, seed=7), normal(84, 192), []
+    layers = []
+    for format in (own, FORMATS["lobcq"]):  # both made before one runs
+        wire, layer = format.encode(weight), nn.Module()
+        kernel = select_kernel(format, layer, shape_of(84))
+        assert isinstance(kernel, kernel_class if format is own else PackedLoBcq)
+        kernel.load(layer, {name: rows_of(format, name, tensor, 84) for name, tensor in wire.items()})
+        layers.append((format, kernel, layer, wire))
+    for format, kernel, layer, wire in layers:
+        run = partial(kernel.apply, layer)
+        compiled = torch.compile(lambda x, run=run: run(x, None), backend="eager", fullgraph=True)
+        outs.append(kernel.apply(layer, x, None))
+        # float32 sums in another order
+        torch.testing.assert_close(outs[-1], format.linear(x, wire), rtol=1e-5, atol=1e-4)
+        assert torch.equal(compiled(x), outs[-1])
+        assert torch.equal(kernel.decoded(layer, format, (84,))[0], format.decode(wire))
+    assert not torch.allclose(outs[0], outs[1], atol=1e-2)
 
 
 def test_without_a_compiler_layers_are_decoded_and_one_warning_says_why(monkeypatch, caplog):

@@ -1,0 +1,67 @@
+"""`qurl calibrate`: codebooks of LO-BCQ for a model, or with another layout."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from qurl.errors import ConfigError
+
+LAYOUT = {
+    "block": "L_b, inputs that share a codebook", "array": "L_A, inputs that share a scale", "num_codebooks": "N_c",
+    "codeword_bits": "of an entry, 6 for lobcq and lobcq_w4a16, 8 for lobcq_int8",
+}  # fmt: skip
+"""Fields of qurl.quantization.lobcq.Layout."""
+
+EPILOG = """FILE is what quantization.codebooks=FILE of a run and --codebooks FILE of qurl quantize and qurl eval take.
+
+Example:
+  qurl calibrate models/qwen books.json --text train.jsonl --max-documents 64 --block 4 --array 32 --num-codebooks 8"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, file, text, layout."""
+    from qurl.cli.text_options import add_text_options
+
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
+    parser.add_argument("out", type=Path, metavar="FILE", help="JSON; must not exist")
+    parser.add_argument("--operands", default="both", choices=("both", "weights", "activations"), help="what to look at")
+    add_text_options(parser, required=False)
+    for name, meaning in LAYOUT.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{meaning}; default: the package's")
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to leave out; repeatable")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.epilog = EPILOG
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns 0. Raises ValueError for a model or text that cannot be read, or a layout that does not fit."""
+    from qurl.cli.text_options import check_text_options
+    from qurl.ptq.calibration import model_blocks
+    from qurl.ptq.evaluation import Text
+    from qurl.quantization.lobcq import Layout
+    from qurl.quantization.lobcq.calibration import calibrate
+    from qurl.quantization.lobcq.codebooks import save_codebooks
+
+    layout = Layout(**{name: value for name in LAYOUT if (value := getattr(args, name)) is not None})
+    check_text_options(args)
+    if args.out.exists():
+        raise ConfigError(f"{args.out} exists; name a new file")
+    if not (args.model / "config.json").is_file():
+        raise ConfigError(f"{args.model} is no Hugging Face folder; of a run, make one with `qurl export`")
+    if (args.operands == "weights") != (args.text is None):
+        told = "needs --text, which makes the activations; or use --operands weights" if args.text is None else "reads no --text"
+        raise ConfigError(f"--operands {args.operands} {told}")
+    text = Text(args.model, args.text, args.max_documents, args.context) if args.text else None
+    weights = args.operands != "activations"
+    blocks = model_blocks(args.model, text, layout, weights=weights, ignore=args.ignore, seed=args.seed)
+    found = calibrate(blocks, layout, args.seed)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_codebooks(found.codebooks, args.out, shlex.join(["qurl", *sys.argv[1:]]))
+    energy = float(blocks.double().square().sum(dim=1).mean())
+    print(f"{len(blocks)} blocks, {len(found.objective) - 1} rounds; squared error over squared numbers "
+          f"{found.objective[0] / energy:.6f} at first, {found.rounded_objective / energy:.6f} with the codebooks")  # fmt: skip
+    print(args.out)
+    return 0

@@ -1,0 +1,113 @@
+"""`qurl calibrate`, and what takes its file: `qurl quantize --codebooks` and `qurl bench perplexity --formats lobcq:FILE`."""
+
+import json
+
+import pytest
+import torch
+
+from qurl.cli.main import main
+from qurl.ptq.calibration import model_blocks
+from qurl.ptq.evaluation import Text, inputs_of, load_float32
+from qurl.quantization import FORMATS, resolved_format, select_targets
+from qurl.quantization.error_report import copy_error
+from qurl.quantization.lobcq import Layout, load_codebooks
+from qurl.vllm_plugin import format_of
+
+LAYOUT = ["--block", "4", "--array", "32", "--num-codebooks", "8"]
+SMALL = Layout(block=4, array=32, num_codebooks=8)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """`tiny/` (a random model), `text.jsonl` and `books.json`, calibrated on the two."""
+    from qurl.warmstart import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("workspace")
+    make_tiny_model(folder / "tiny", hidden_size=64)
+    rows = [{"problem": f"{a}+{b}=?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"} for a in range(2) for b in range(4)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["calibrate", f"{folder}/tiny", f"{folder}/books.json", "--text", f"{folder}/text.jsonl", *LAYOUT]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+
+
+def test_a_checkpoint_and_a_row_of_the_table_have_the_layout_of_the_file(workspace, capsys):
+    codebooks = load_codebooks(workspace / "books.json")
+    assert codebooks.layout == SMALL
+    assert main(["quantize", "tiny", "out", "--format", "lobcq_w4a16", "--codebooks", "books.json"]) == 0
+    config = json.loads((workspace / "out" / "config.json").read_text())
+    assert format_of(config["quantization_config"]).codebooks == codebooks
+    assert json.loads((workspace / "out" / "report.json").read_text())["settings"]["codebooks"] == codebooks.sha256
+    bench = ["bench", "perplexity", "tiny", "--text", "text.jsonl", "--formats", "lobcq:books.json", "lobcq",
+             "--relative-to", "lobcq:books.json", "--out", "table"]  # fmt: skip
+    assert main(bench) == 0
+    _, own, package = json.loads((workspace / "table" / "both.json").read_text())
+    assert (own["format"], package["format"]) == ("lobcq:books", "lobcq") and own["increase_ratio"]["value"] == 1.0
+    assert own["weight_nmse"] < 0.9 * package["weight_nmse"]  # shorter blocks and arrays, and this model's own numbers
+    assert own["activation_nmse"] < 0.9 * package["activation_nmse"]
+
+
+def test_blocks_are_the_numbers_of_weights_and_inputs_over_their_scales(workspace):
+    text = Text(workspace / "tiny", [str(workspace / "text.jsonl")], None, 512)
+    model = load_float32(workspace / "tiny")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    name = sorted(select_targets(list(linears), ()))[0]
+    others = ["re:(?!" + name.replace(".", r"\.") + "$).*_proj"]
+    weights = model_blocks(workspace / "tiny", None, SMALL, ignore=others, num_blocks=1 << 20)
+    activations = model_blocks(workspace / "tiny", text, SMALL, weights=False, ignore=others, num_blocks=1 << 20)
+    format = resolved_format("lobcq", codebooks=load_codebooks(workspace / "books.json").content)
+    matrix = linears[name].weight.detach()
+    wire = format.encode(matrix)
+    scale = (wire["weight_scale"].float() / wire["weight_global_scale"]).repeat_interleave(SMALL.array, dim=1)
+    assert matches(weights, matrix / scale)
+    inputs = inputs_of(model, text.documents, [name], num_tokens=32)[name]
+    scale = format.quantize_activations(inputs)[1].repeat_interleave(SMALL.array, dim=1)
+    assert len(inputs) > 8 and matches(activations, inputs / scale)
+
+
+def matches(blocks, rows):
+    """Whether they are the same blocks, in any order; a float32 division apart. Compared by their numbers and their sums."""
+    expected = rows.reshape(-1, SMALL.block)
+    pairs = ((blocks.flatten(), expected.flatten()), (blocks.sum(dim=1), expected.sum(dim=1)))
+    return blocks.shape == expected.shape and all(
+        torch.allclose(found.sort().values, wanted.sort().values, rtol=1e-5, atol=1e-4) for found, wanted in pairs
+    )
+
+
+def test_one_operand_alone_gives_it_the_smaller_error(workspace):
+    errors = {}
+    for operands in ("weights", "activations"):
+        text = [] if operands == "weights" else ["--text", "text.jsonl"]
+        assert main(["calibrate", "tiny", f"{operands}.json", "--operands", operands, *text, *LAYOUT]) == 0
+        format = resolved_format("lobcq", codebooks=json.loads((workspace / f"{operands}.json").read_text()))
+        weight = load_float32(workspace / "tiny").get_parameter("model.layers.0.mlp.down_proj.weight").detach()
+        errors[operands] = copy_error("", weight, format.decode(format.encode(weight))).relative_error
+    assert errors["weights"] < errors["activations"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["calibrate", "tiny", "x.json"], "--operands both needs --text"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--text", "text.jsonl"], "--operands weights reads no --text"),
+        (["calibrate", "tiny", "books.json", "--operands", "weights"], "books.json exists"),
+        (["calibrate", "/nowhere", "x.json", "--operands", "weights"], "/nowhere is no Hugging Face folder"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--block", "3"], "LO-BCQ with block=3: use one of 2, 4, 8"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--array", "128"], "--array 128 does not divide its 64 input"),
+        (["quantize", "tiny", "x", "--format", "int8", "--codebooks", "books.json"], "--codebooks books.json needs quantization"),
+        (["quantize", "tiny", "x", "--format", "lobcq_int8", "--codebooks", "books.json"], "--codebooks books.json has codewords"),
+        (["quantize", "tiny", "x", "--format", "lobcq", "--codebooks", "none.json"], "--codebooks=none.json cannot be read"),
+        (["bench", "perplexity", "tiny", "--text", "text.jsonl", "--formats", "int8:books.json", "--out", "y"], "needs quant"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(argv, told, capsys):
+    assert main(argv) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_frozen_codebooks_stay_the_default(workspace):
+    assert resolved_format("lobcq") is FORMATS["lobcq"]
