@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from qurl.config.precision_file import resolved_precision
+
 
 class UpdateAwareness(Enum):
     """How tiny updates are kept visible after quantization."""
@@ -23,6 +25,10 @@ class QuantizationConfig:
     ignore: list[str] = field(default_factory=list)  # module names or "re:<regex>" kept in full precision; lm_head always is
     precision: Any = None
     """Of format=axbxp: a setting such as k2-w2g16-a3g1, or a mapping of module names or "re:<regex>" to settings, of which the
-    first that matches a layer counts. null: the format's own."""
+    first that matches a layer counts; or the path of a YAML or JSON file with such a mapping, which takes its place. null: the
+    format's own."""
     update_awareness: UpdateAwareness = UpdateAwareness.none
     invariant_scale: float = 1.5  # s; only read with update_awareness=invariant_scaling
+
+    def __post_init__(self) -> None:
+        self.precision = resolved_precision(self.precision)

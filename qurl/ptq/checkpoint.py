@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,7 +83,7 @@ def quantize_folder(
     with ExitStack() as stack:
         opened = source_of_folder(source, stack)
         targets = checked_targets(opened, settings.ignore)
-        _check_fusion(opened, targets, settings)
+        check_fusion(opened, targets, settings.ignore)
         wanted = {**asdict(settings), "ignore": list(settings.ignore), "source": folder_digest(source)}
         wanted |= {key: value for key, value in _config_entry(settings).items() if key in ("version", "codebooks")}
         if _is_begun(out, wanted):
@@ -220,7 +220,7 @@ def _check_weights(source: Source, targets: frozenset[str], quantization: Quanti
             raise ValueError(f"{module}.weight of the source is all zeros; the checkpoint is damaged, or give --ignore {module}")
 
 
-def _check_fusion(source: Source, targets: frozenset[str], settings: QuantizeSettings) -> None:
+def check_fusion(source: Source, targets: frozenset[str], ignore: Sequence[str]) -> None:
     """Raises ValueError where engines would refuse the patterns."""
     for parts in FUSED:
         for first in (name for name in source.linear_names if name.endswith(f".{parts[0]}")):
@@ -229,7 +229,7 @@ def _check_fusion(source: Source, targets: frozenset[str], settings: QuantizeSet
             ignored = [name for name in group if name not in targets]
             if ignored and len(ignored) < len(group):
                 raise ValueError(
-                    f"--ignore {' '.join(settings.ignore)} keeps {', '.join(ignored)} in full precision, but an engine runs "
+                    f"--ignore {' '.join(ignore)} keeps {', '.join(ignored)} in full precision, but an engine runs "
                     f"{', '.join(group)} as one matrix; ignore all of them or none"
                 )
 
