@@ -6,6 +6,7 @@ paired differences. Losses are kept per document in a folder; the same call goes
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qurl.config.precision_file import resolved_precision
 from qurl.ptq.evaluation import Text, load_float32, quantized_in_memory
 from qurl.ptq.perplexity import DocumentLoss, decoded_activations
 from qurl.ptq.statistics import divergence, increase, perplexity, ratio
-from qurl.quantization import FORMATS, QuantizationFormat, select_targets
+from qurl.quantization import FORMATS, QuantizationFormat, check_precision, select_targets, with_precision
 from qurl.quantization.error_report import copy_error
 
 BASELINE = "none"
@@ -74,28 +76,33 @@ def run_perplexity_bench(
 ) -> list[PerplexityRow]:
     """A row per format, full precision first whether named or not; out: the folder of losses, and of the rows as JSON.
 
-    ignore: as quantization.ignore. relative_to: one of the formats. Raises ValueError for a format that does not exist or does not
-    fit the model."""
+    formats: keys of FORMATS, or axbxp: and a quantization.precision, a setting or the path of a mapping. ignore: as
+    quantization.ignore. relative_to: one of the formats. Raises ValueError for a format that does not exist or does not fit the
+    model."""
     formats = list(dict.fromkeys((BASELINE, *formats)))
-    _check(formats, relative_to)
+    named = {name: _parsed(name) for name in formats}
+    if relative_to is not None and relative_to not in formats[1:]:
+        raise ValueError(f"--relative-to {relative_to}: there is no increase to compare with; use one of {', '.join(formats[1:])}")
     full_precision = load_float32(model)
     linears = {name: module for name, module in full_precision.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted(select_targets(list(linears), ignore))
-    for name in formats:
+    quantizations = {name: with_precision(FORMATS[format], precision, targets) for name, (format, precision) in named.items()}
+    for quantization in quantizations.values():
         for target in targets:
-            _check_columns(FORMATS[name], target, linears[target].in_features)
+            _check_columns(quantization, target, linears[target].in_features)
     rows, losses = [], {}
     inputs = _inputs(full_precision, text, targets)
-    for name in formats:
-        quantization = FORMATS[name]
+    for name, quantization in quantizations.items():
         replace = None if name == BASELINE else quantized_in_memory(
             quantization, targets, weights=operands is not Operands.activations, activations=operands is not Operands.weights
         )  # fmt: skip
         question = {"format": name, "codebooks": quantization.codebooks_sha256, "ignore": list(ignore), "operands": operands.value}
-        path = out / operands.value / f"{name}.jsonl"
+        if (precision := named[name][1]) is not None:
+            question["precision"] = precision
+        path = out / operands.value / (re.sub(r"[^\w.-]", "_", name) + ".jsonl")
         losses[name] = text.losses(path, question, replace, partial(_report, progress, name, len(text.documents)))
-    for name in formats:
-        errors = _errors(FORMATS[name], {target: linears[target].weight for target in targets}, inputs)
+    for name, quantization in quantizations.items():
+        errors = _errors(quantization, {target: linears[target].weight for target in targets}, inputs)
         rows.append(_row(name, errors, losses, relative_to))
     (out / f"{operands.value}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return rows
@@ -105,11 +112,17 @@ def _report(progress: Progress, name: str, total: int, done: int) -> None:
     progress(name, done, total)
 
 
-def _check(formats: Sequence[str], relative_to: str | None) -> None:
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise ValueError(f"--formats {unknown[0]} is unknown; use some of {', '.join(FORMATS)}")
-    if relative_to is not None and relative_to not in formats[1:]:
-        raise ValueError(f"--relative-to {relative_to}: there is no increase to compare with; use one of {', '.join(formats[1:])}")
+def _parsed(name: str) -> tuple[str, Any]:
+    """Format and precision. Raises ValueError for one that does not exist, or does not go with the other."""
+    format, colon, word = name.partition(":")
+    if format not in FORMATS:
+        raise ValueError(f"--formats {name} is unknown; use some of {', '.join(FORMATS)}, or axbxp:k2-w2g16-a3g1 and the like")
+    precision = resolved_precision(word, f"--formats {format}:") if colon else None
+    try:
+        check_precision(FORMATS[format], precision)
+    except ValueError as error:
+        raise ValueError(f"--formats {name}: {error}") from error
+    return format, precision
 
 
 def _check_columns(quantization: QuantizationFormat, module: str, columns: int) -> None:
@@ -144,12 +157,13 @@ class _Errors:
 
 @torch.no_grad()
 def _errors(quantization: QuantizationFormat, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> _Errors:
+    formats = {name: quantization.of_layer(name) for name in weights}
     numbers = sum(weight.numel() for weight in weights.values())
     bits = sum(quantization.bits_per_weight(weight.shape) * weight.numel() for weight in weights.values())
     return _Errors(
         bits_per_weight=bits / numbers,
-        weight_nmse=_mean(_nmse(name, w, quantization.decode(quantization.encode(w))) for name, w in weights.items()),
-        activation_nmse=_mean(_nmse(name, x, decoded_activations(quantization, x)) for name, x in inputs.items()),
+        weight_nmse=_mean(_nmse(name, w, formats[name].decode(quantization.encode(w))) for name, w in weights.items()),
+        activation_nmse=_mean(_nmse(name, x, decoded_activations(formats[name], x)) for name, x in inputs.items()),
     )
 
 

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet, or was begun by the same command")
     parser.add_argument("--format", required=True, help="int8, fp8, fp8_block, int4, nf4, mxfp4, nvfp4, lobcq, ...")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
+    parser.add_argument("--precision", metavar="SETTING|FILE", help="of --format axbxp: e.g. k4-w1-a2, or what `qurl search` wrote")
     add_text_options(parser, required=False)
     parser.epilog = EPILOG
 
@@ -46,15 +47,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a source that cannot be quantized, or an output that is something else."""
     from qurl.cli.text_options import check_text_options
+    from qurl.config.precision_file import resolved_precision
     from qurl.ptq import QuantizeSettings, quantize_folder
     from qurl.ptq.evaluation import Text
-    from qurl.quantization import FORMATS
+    from qurl.quantization import FORMATS, check_precision
 
     formats = [name for name in FORMATS if name != "none"]
     if args.format not in formats:
         raise ConfigError(f"--format {args.format}: nothing to quantize to; use one of {', '.join(formats)}")
     check_text_options(args)
-    settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore))
+    precision = resolved_precision(args.precision, "--precision")
+    try:
+        check_precision(FORMATS[args.format], precision)
+    except ValueError as error:
+        message = str(error).replace("quantization.precision", "--precision").replace("quantization=", "--format ")
+        raise ConfigError(message) from error
+    settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore), precision=precision)
     with _source(args.source, args.out) as source:
         text = Text(source, args.text, args.max_documents, args.context) if args.text else None
         with _bar("tensors") as (bar, task):
@@ -94,10 +102,10 @@ def _measure(text: Text, out: Path, settings: QuantizeSettings, report: Quantize
     from qurl.ptq.checkpoint import REPORT
     from qurl.ptq.evaluation import quantized_on_disk
 
+    modules = [matrix.module for matrix in report.matrices]
     replacements: dict[str, Any] = {
-        "none": None,
-        settings.format: quantized_on_disk(out, settings.quantization, [matrix.module for matrix in report.matrices]),
-    }
+        "none": None, settings.format: quantized_on_disk(out, settings.quantization(modules), modules)
+    }  # fmt: skip
     losses = {}
     for name, replace in replacements.items():
         with _bar(f"documents, {name}", total=len(text.documents)) as (bar, task):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 MAX_LOSS, NUM_CALIBRATION = 0.01, 16
 WIDTH = 160
 
-EPILOG = """The search runs on the first documents of the text, the table on the others. OUT/precision.yaml is what every other command takes
-as it is. The same command goes on where an earlier one was killed; with more --max-documents the table grows more exact.
+EPILOG = """The search runs on the first documents of the text, the table on the others. Other commands take OUT/precision.yaml as
+it is. The same command goes on where an earlier one was killed; with more --max-documents the table grows more exact.
 
 Examples:
   qurl search models/qwen found --text held_out.jsonl --max-documents 100
@@ -91,8 +91,9 @@ def _print(report: SearchReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ["precision", "bit products", "bits", "perplexity", "increase %", "divergence", "energy", "memory bound", "compute bound"]
-    caption = "energy, memory bound, compute bound: gains over INT8 of a machine that the cost model imagines, none of them measured"
+    gains = ["energy", "memory bound", "compute bound"]
+    columns = ["precision", "bit products", "bits", "perplexity", "increase %", "divergence", *gains]
+    caption = f"{', '.join(gains)}: gains over INT8 of a machine that a model of costs imagines, none of them measured"
     table = Table(*columns, box=box.SIMPLE, padding=(0, 1), caption=caption, caption_justify="left")
     for row in report.rows:
         table.add_row(

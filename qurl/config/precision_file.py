@@ -1,5 +1,5 @@
-"""`quantization.precision` in a file, as `qurl search` writes it: a YAML or JSON mapping of patterns to settings, which any place that
-takes a setting takes by its path."""
+"""`quantization.precision` in a file, as `qurl search` writes it: a YAML or JSON mapping of patterns to settings, whose path stands
+wherever a setting may."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,16 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qurl.quantization import FORMATS, QuantizationFormat
+from qurl.quantization import FORMATS, QuantizationFormat, with_precision
+from qurl.quantization.axbxp import AxBxP
+from qurl.quantization.axbxp.search import FUSED
 from qurl.quantization.error_report import copy_error
 from qurl.quantization.source import INDEX, Source, checked_targets, source_of_folder
 from qurl.vllm_plugin import quantization_config
 
 REPORT = "report.json"
 UNFINISHED = ".unfinished"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Modules that engines run as one matrix, where a layer has all of them."""
-
 Progress = Callable[[int, int], None]  # (done, total) tensors
 
 
@@ -43,10 +42,11 @@ class QuantizeSettings:
 
     format: str  # key of FORMATS
     ignore: tuple[str, ...] = ()  # patterns of qurl.quantization.select_targets
+    precision: str | Mapping[str, str] | None = None  # as quantization.precision, of format axbxp
 
-    @property
-    def quantization(self) -> QuantizationFormat:
-        return FORMATS[self.format]
+    def quantization(self, targets: Collection[str]) -> QuantizationFormat:
+        """The format, with the precision of each of the modules to quantize. Raises ValueError as with_precision."""
+        return with_precision(FORMATS[self.format], self.precision, targets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,16 +84,18 @@ def quantize_folder(
         opened = source_of_folder(source, stack)
         targets = checked_targets(opened, settings.ignore)
         check_fusion(opened, targets, settings.ignore)
+        quantization = settings.quantization(sorted(targets))
+        _check_precision(opened, targets, quantization)
         wanted = {**asdict(settings), "ignore": list(settings.ignore), "source": folder_digest(source)}
         wanted |= {key: value for key, value in _config_entry(settings).items() if key in ("version", "codebooks")}
         if _is_begun(out, wanted):
             if not (out / UNFINISHED).exists():
                 return _read_report(out)
         else:
-            _check_weights(opened, targets, settings.quantization)
+            _check_weights(opened, targets, quantization)
             (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
             _write_json(out / UNFINISHED / "settings.json", wanted)
-        records = _write_files(opened, out, targets, settings.quantization, progress)
+        records = _write_files(opened, out, targets, quantization, progress)
     return _finish(opened, out, wanted, settings, records)
 
 
@@ -141,7 +143,7 @@ def _encoded(module: str, weight: Tensor, quantization: QuantizationFormat) -> t
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = weight.to(device)
     wire = quantization.encode(weight)
-    error = copy_error(module, weight, quantization.decode(wire))
+    error = copy_error(module, weight, quantization.of_layer(module).decode(wire))
     sqnr_db = error.sqnr_db if error.relative_error else None
     rows, columns = weight.shape
     report = MatrixReport(module=module, shape=(rows, columns), sqnr_db=sqnr_db, relative_error=error.relative_error)
@@ -160,9 +162,10 @@ def _finish(
     matrices = [MatrixReport(**matrix) for record in records for matrix in record["matrices"]]
     matrices.sort(key=lambda matrix: -matrix.relative_error)
     numbers = {matrix.module: matrix.shape[0] * matrix.shape[1] for matrix in matrices}
-    suffixes = settings.quantization.encode(torch.ones(1, matrices[0].shape[1])).keys()
+    quantization = settings.quantization(sorted(numbers))
+    suffixes = quantization.encode(torch.ones(1, matrices[0].shape[1])).keys()
     on_disk = sum(sizes[f"{module}.{suffix}"] for module in numbers for suffix in suffixes)
-    formula = sum(settings.quantization.bits_per_weight(matrix.shape) * numbers[matrix.module] for matrix in matrices)
+    formula = sum(quantization.bits_per_weight(matrix.shape) * numbers[matrix.module] for matrix in matrices)
     report = QuantizeReport(
         settings=wanted,
         matrices=matrices,
@@ -181,7 +184,7 @@ def _finish(
 
 
 def _config_entry(settings: QuantizeSettings) -> dict[str, Any]:
-    return quantization_config(settings.format, settings.ignore, encoded=True)
+    return quantization_config(settings.format, settings.ignore, encoded=True, precision=settings.precision)
 
 
 def _is_begun(out: Path, wanted: dict[str, Any]) -> bool:
@@ -222,16 +225,32 @@ def _check_weights(source: Source, targets: frozenset[str], quantization: Quanti
 
 def check_fusion(source: Source, targets: frozenset[str], ignore: Sequence[str]) -> None:
     """Raises ValueError where engines would refuse the patterns."""
+    for group in _fused(source):
+        ignored = [name for name in group if name not in targets]
+        if ignored and len(ignored) < len(group):
+            raise ValueError(
+                f"--ignore {' '.join(ignore)} keeps {', '.join(ignored)} in full precision, but an engine runs "
+                f"{', '.join(group)} as one matrix; ignore all of them or none"
+            )
+
+
+def _check_precision(source: Source, targets: frozenset[str], quantization: QuantizationFormat) -> None:
+    """Raises ValueError where engines would refuse the precisions; check_fusion has passed."""
+    if not isinstance(quantization, AxBxP):
+        return
+    for group in _fused(source):
+        found = {name: str(quantization.layers.get(name, quantization.precision)) for name in group if name in targets}
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{name} {setting}" for name, setting in found.items())
+            raise ValueError(f"--precision gives parts of one matrix of an engine different settings ({listed}); give all the same")
+
+
+def _fused(source: Source) -> Iterator[list[str]]:
+    """Modules that an engine runs as one matrix."""
     for parts in FUSED:
         for first in (name for name in source.linear_names if name.endswith(f".{parts[0]}")):
             parent = first.removesuffix(parts[0])
-            group = [f"{parent}{part}" for part in parts if f"{parent}{part}" in source.linear_names]
-            ignored = [name for name in group if name not in targets]
-            if ignored and len(ignored) < len(group):
-                raise ValueError(
-                    f"--ignore {' '.join(ignore)} keeps {', '.join(ignored)} in full precision, but an engine runs "
-                    f"{', '.join(group)} as one matrix; ignore all of them or none"
-                )
+            yield [f"{parent}{part}" for part in parts if f"{parent}{part}" in source.linear_names]
 
 
 def folder_digest(folder: Path) -> str:

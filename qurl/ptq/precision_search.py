@@ -1,11 +1,11 @@
 """`quantization.precision` for a model: the cheapest whole-network setting of Ax-BxP under a bound, then each layer and operand.
 
-    calibration documents   the search; what must not grow is the divergence from full precision, which on text that the model itself
-                            would write is the logarithm of the factor that perplexity grows by, and has none of the noise of a loss
-    held-out documents      the confirmation, by perplexity: the longest part of the search's steps whose increase is within the bound
-                            (of so few trials the choice itself hardly flatters the result), and a table of all candidates
+    calibration documents   the search. What must not grow is the divergence from full precision: on text that the model itself
+                            would write, the logarithm of the factor that perplexity grows by, without the noise of losses
+    held-out documents      the confirmation, by perplexity: all of the search's steps, or as many of the first as keep within the
+                            bound, halved until they do; and a table of all candidates
 
-Matrices that an engine runs as one have one setting. All that is measured is kept in a folder, by the line:
+Matrices that an engine runs as one have one setting. All that is measured is kept in a folder, so that a killed search goes on:
 
     settings.json           what was asked for
     search.jsonl            divergence on the calibration documents, by precision
@@ -105,10 +105,11 @@ def search_precision(
     question = _begin(model, out, settings, calibration)
     switched = SwitchedModel(load_float32(model), targets)
     journal = _Journal(out / "search.jsonl")
+    similar = _by_length(calibration)
 
     def measure(layers: Mapping[str, Precision]) -> float:
         progress("precisions, calibration", len(journal), None)
-        return divergence(list(switched.losses(_settings(layers), calibration))).value
+        return divergence([loss for documents in similar for loss in switched.losses(_settings(layers), documents)]).value
 
     def held_out_losses(name: str, precision: str | Mapping[str, str] | None) -> list[DocumentLoss]:
         progress(f"documents, {name}", 0, len(held_out))
@@ -139,10 +140,20 @@ def _split(text: Text, settings: SearchSettings) -> tuple[list[Any], list[Any]]:
     count = settings.num_calibration
     if len(text.documents) < count + 2:
         raise ValueError(
-            f"--text has {len(text.documents)} documents; the search takes {count} and is confirmed on two others or more; give more "
-            "text, or fewer by --num-calibration"
+            f"--text has {len(text.documents)} documents; the search takes {count} and is confirmed on two others or more; give "
+            "more text, or fewer by --num-calibration"
         )
     return text.documents[:count], text.documents[count:]
+
+
+def _by_length(documents: Sequence[Any]) -> list[list[Any]]:
+    """Documents of similar length together, so that little is padded; a search runs them a hundred times."""
+    groups: list[list[Any]] = []
+    for document in sorted(documents, key=lambda windows: len(windows[0])):
+        if not groups or len(document[0]) > 1.5 * len(groups[-1][0][0]):
+            groups.append([])
+        groups[-1].append(document)
+    return groups
 
 
 def _begin(model: Path, out: Path, settings: SearchSettings, calibration: Sequence[Any]) -> dict[str, Any]:
@@ -156,8 +167,8 @@ def _begin(model: Path, out: Path, settings: SearchSettings, calibration: Sequen
         if different := [key for key in wanted if found.get(key) != wanted[key]]:
             key = different[0]
             raise ValueError(
-                f"{out} holds a search of other arguments ({key}: {found.get(key)} there, {wanted[key]} now); name a new folder, or "
-                "delete that one"
+                f"{out} holds a search of other arguments ({key}: {found.get(key)} there, {wanted[key]} now); name a new "
+                "folder, or delete that one"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no folder of `qurl search`; name a new one")
@@ -180,8 +191,8 @@ def _search(
         journal[INT8] = measure(whole)
     if not journal[INT8] <= bound:
         raise ValueError(
-            f"--max-loss {settings.max_loss:g}: INT8 with all blocks, {INT8}, is {math.expm1(journal[INT8]):.2g} by divergence from "
-            "full precision, so nothing cheaper meets it; give a larger one, or --ignore the layers that suffer"
+            f"--max-loss {settings.max_loss:g}: INT8 with all blocks, {INT8}, is {math.expm1(journal[INT8]):.2g} by divergence "
+            "from full precision, so nothing cheaper meets it; give a larger one, or --ignore the layers that suffer"
         )
     try:
         return search(matrices, measure, bound, [parse(candidate) for candidate in settings.candidates], journal=journal)
@@ -205,8 +216,8 @@ def _confirmed(
         if count == 0:
             raise ValueError(
                 f"--max-loss {settings.max_loss:g}: {found.network} meets it on the calibration documents, and has "
-                f"{grown.value - 1:.2g} +- {grown.standard_error:.2g} on the others; give more of --num-calibration and --max-documents, "
-                "or a smaller --max-loss"
+                f"{grown.value - 1:.2g} +- {grown.standard_error:.2g} on the others; give more of --num-calibration and "
+                "--max-documents, or a smaller --max-loss"
             )
         count //= 2
 

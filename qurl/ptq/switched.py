@@ -1,7 +1,7 @@
 """A model whose Ax-BxP precision is switched layer by layer, for the many measurements of a search.
 
-Weights are encoded once, a switch decodes only what changes, and what full precision says of a text is remembered. Products are those
-of the numbers that codes stand for, in float32, and so differ from the format's exact integer sums in the last bits."""
+Weights are encoded once, a switch decodes only what changes, and what full precision says of a text is remembered. Products are
+those of the numbers that codes stand for, in float32, and so differ from the format's exact integer sums in the last bits."""
 
 from __future__ import annotations
 
