@@ -157,14 +157,17 @@ def _by_length(documents: Sequence[Any]) -> list[list[Any]]:
 
 
 def _begin(model: Path, out: Path, settings: SearchSettings, calibration: Sequence[Any]) -> dict[str, Any]:
-    """What decides a loss besides precision and document. Raises ValueError where `out` holds something else."""
+    """What decides a loss besides precision and document. Raises ValueError where `out` holds something else.
+
+    A search that found nothing may go on with another bound or other candidates, which decide no loss."""
     question = {"model": folder_digest(model), "ignore": list(settings.ignore)}
     wanted = {**json.loads(json.dumps(asdict(settings))), **question}
     wanted["calibration"] = hashlib.sha256(json.dumps(calibration).encode()).hexdigest()
     file = out / "settings.json"
     if file.is_file():
         found = json.loads(file.read_text())
-        if different := [key for key in wanted if found.get(key) != wanted[key]]:
+        decisive = wanted if (out / PRECISION).is_file() else wanted.keys() - {"max_loss", "candidates"}
+        if different := [key for key in wanted if key in decisive and found.get(key) != wanted[key]]:
             key = different[0]
             raise ValueError(
                 f"{out} holds a search of other arguments ({key}: {found.get(key)} there, {wanted[key]} now); name a new "
@@ -172,11 +175,10 @@ def _begin(model: Path, out: Path, settings: SearchSettings, calibration: Sequen
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no folder of `qurl search`; name a new one")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        partial_file = file.with_suffix(".partial")
-        partial_file.write_text(json.dumps(wanted, indent=1) + "\n")
-        partial_file.replace(file)
+    out.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(json.dumps(wanted, indent=1) + "\n")
+    partial_file.replace(file)
     return question
 
 
