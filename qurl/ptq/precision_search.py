@@ -34,7 +34,7 @@ from qurl.ptq.statistics import divergence, perplexity, ratio
 from qurl.ptq.switched import SwitchedModel
 from qurl.quantization.axbxp import Precision, parse
 from qurl.quantization.axbxp.cost import Cost, network_cost
-from qurl.quantization.axbxp.search import Found, describe, engine_matrices, search
+from qurl.quantization.axbxp.search import Found, cheaper, describe, engine_matrices, search
 from qurl.quantization.source import checked_targets, source_of_folder
 
 INT8 = "k2-w4-a4"
@@ -197,9 +197,19 @@ def _search(
             "from full precision, so nothing cheaper meets it; give a larger one, or --ignore the layers that suffer"
         )
     try:
-        return search(matrices, measure, bound, [parse(candidate) for candidate in settings.candidates], journal=journal)
+        candidates = [parse(candidate) for candidate in settings.candidates]
+        return search(matrices, measure, bound, candidates, steps=_steps, journal=journal)
     except ValueError as error:
         raise ValueError(f"--max-loss {settings.max_loss:g}, {bound:.4g} nats: {error}; add {INT8} to --candidates") from error
+
+
+def _steps(precision: Precision) -> list[Precision]:
+    """One block less of one operand, or one block alone of both: where a layer hardly matters, that saves rounds of the search."""
+    found = cheaper(precision)
+    lowest = precision
+    while less := cheaper(lowest):
+        lowest = less[0]
+    return found if lowest in (precision, *found) else [*found, lowest]
 
 
 def _confirmed(
