@@ -161,7 +161,7 @@ def test_steps_that_held_out_documents_do_not_confirm_are_taken_back():
     ("argv", "told"),
     [
         (["search", "tiny", "x", *THREE, "--max-loss", "1e-9"], "--max-loss 1e-09: INT8 with all blocks"),
-        (["search", "tiny", "x", *THREE, "--max-loss", "1e-3", "--candidates", "k1-w1-a1"],
+        (["search", "tiny", "x", *THREE, "--max-loss", "0.01", "--candidates", "k1-w1-a1"],
          "the best, k1-w1-a1, has"),
         (["search", "tiny", "x", *TEXT, "--max-loss", "0"], "--max-loss 0 is met by full precision alone"),
         (["search", "tiny", "x", *TEXT, "--num-calibration", "5"], "--text has 6 documents; the search takes 5"),
