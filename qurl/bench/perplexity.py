@@ -6,6 +6,7 @@ paired differences. Losses are kept per document in a folder; the same call goes
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from qurl.config.codebooks_file import resolved_codebooks
+from qurl.config.precision_file import resolved_precision
 from qurl.ptq.evaluation import Text, inputs_of, load_float32, quantized_in_memory
 from qurl.ptq.perplexity import DocumentLoss, decoded_activations
 from qurl.ptq.statistics import divergence, increase, perplexity, ratio
 from qurl.quantization import FORMATS, QuantizationFormat, resolved_format, select_targets
+from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.error_report import copy_error
 
 BASELINE = "none"
@@ -74,14 +77,15 @@ def run_perplexity_bench(
 ) -> list[PerplexityRow]:
     """A row per format, full precision first whether named or not; out: the folder of losses, and of the rows as JSON.
 
-    formats: keys of FORMATS, those of LO-BCQ also with a file of codebooks, as lobcq:FILE. ignore: as quantization.ignore.
-    relative_to: one of the formats. Raises ValueError for a format that does not exist or does not fit the model."""
-    quantizations = _resolved(formats)
-    relative_to = relative_to and _label(relative_to)
-    _check(list(quantizations), relative_to)
+    formats: keys of FORMATS, those of LO-BCQ also with a file of codebooks, as lobcq:FILE, and axbxp with a precision, as
+    axbxp:SETTING or axbxp:FILE. ignore: as quantization.ignore. relative_to: one of the formats. Raises ValueError for a format
+    that does not exist or does not fit the model."""
     full_precision = load_float32(model)
     linears = {name: module for name, module in full_precision.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted(select_targets(list(linears), ignore))
+    quantizations = _resolved(formats, targets)
+    relative_to = relative_to and _label(relative_to)
+    _check(list(quantizations), relative_to)
     for quantization in quantizations.values():
         for target in targets:
             _check_columns(quantization, target, linears[target].in_features)
@@ -92,7 +96,9 @@ def run_perplexity_bench(
             quantization, targets, weights=operands is not Operands.activations, activations=operands is not Operands.weights
         )  # fmt: skip
         question = {"format": name, "codebooks": quantization.codebooks_sha256, "ignore": list(ignore), "operands": operands.value}
-        path = out / operands.value / f"{name}.jsonl"
+        if isinstance(quantization, AxBxP):
+            question["precision"] = {target: str(quantization.of_layer(target).precision) for target in targets}
+        path = out / operands.value / (re.sub(r"[^\w.-]", "_", name) + ".jsonl")
         losses[name] = text.losses(path, question, replace, partial(_report, progress, name, len(text.documents)))
     for name, quantization in quantizations.items():
         errors = _errors(quantization, {target: linears[target].weight for target in targets}, inputs)
@@ -107,23 +113,30 @@ def _report(progress: Progress, name: str, total: int, done: int) -> None:
 
 def _label(format: str) -> str:
     """What a format is called in rows and files: lobcq:FOLDER/books.json is lobcq:books."""
-    name, colon, file = format.partition(":")
-    return f"{name}{colon}{Path(file).stem}" if colon else name
+    name, colon, word = format.partition(":")
+    return f"{name}{colon}{Path(word).stem}" if colon else name
 
 
-def _resolved(formats: Sequence[str]) -> dict[str, QuantizationFormat]:
+def _resolved(formats: Sequence[str], targets: Sequence[str]) -> dict[str, QuantizationFormat]:
     """Formats by their labels, full precision first. Raises ValueError for one that does not exist, and two with one label."""
     found: dict[str, QuantizationFormat] = {}
     for format in dict.fromkeys((BASELINE, *formats)):
-        name, colon, file = format.partition(":")
+        name, colon, word = format.partition(":")
         if name not in FORMATS:
-            raise ValueError(f"--formats {format} is unknown; use some of {', '.join(FORMATS)}")
+            raise ValueError(
+                f"--formats {format} is unknown; use some of {', '.join(FORMATS)}, axbxp:k2-w2g16-a3g1 and the like, or lobcq:FILE"
+            )
         if _label(format) in found:
             raise ValueError(f"--formats names two files {_label(format)}; rename one of them")
+        given = {}
+        if colon and isinstance(FORMATS[name], AxBxP):
+            given = {"precision": resolved_precision(word, f"--formats {name}:")}
+        elif colon:
+            given = {"codebooks": resolved_codebooks(word, "--formats")}
         try:
-            found[_label(format)] = resolved_format(name, codebooks=resolved_codebooks(file, "--formats") if colon else None)
+            found[_label(format)] = resolved_format(name, layers=targets, **given)
         except ValueError as error:
-            raise ValueError(str(error).replace("quantization.codebooks", f"--formats {format}")) from error
+            raise ValueError(f"--formats {format}: {error}") from error
     return found
 
 
@@ -148,12 +161,13 @@ class _Errors:
 
 @torch.no_grad()
 def _errors(quantization: QuantizationFormat, weights: dict[str, Tensor], inputs: dict[str, Tensor]) -> _Errors:
+    formats = {name: quantization.of_layer(name) for name in weights}
     numbers = sum(weight.numel() for weight in weights.values())
     bits = sum(quantization.bits_per_weight(weight.shape) * weight.numel() for weight in weights.values())
     return _Errors(
         bits_per_weight=bits / numbers,
-        weight_nmse=_mean(_nmse(name, w, quantization.decode(quantization.encode(w))) for name, w in weights.items()),
-        activation_nmse=_mean(_nmse(name, x, decoded_activations(quantization, x)) for name, x in inputs.items()),
+        weight_nmse=_mean(_nmse(name, w, formats[name].decode(quantization.encode(w))) for name, w in weights.items()),
+        activation_nmse=_mean(_nmse(name, x, decoded_activations(formats[name], x)) for name, x in inputs.items()),
     )
 
 

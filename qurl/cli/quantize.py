@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, help="int8, fp8, fp8_block, int4, nf4, mxfp4, nvfp4, lobcq, ...")
     parser.add_argument("--codebooks", metavar="FILE", help="of the formats of LO-BCQ; default: the package's")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
+    parser.add_argument("--precision", metavar="SETTING|FILE", help="of --format axbxp: e.g. k4-w1-a2, or what `qurl search` wrote")
     add_text_options(parser, required=False)
     parser.epilog = EPILOG
 
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a source that cannot be quantized, or an output that is something else."""
     from qurl.cli.text_options import check_text_options
     from qurl.config.codebooks_file import resolved_codebooks
+    from qurl.config.precision_file import resolved_precision
     from qurl.ptq import QuantizeSettings, quantize_folder
     from qurl.ptq.evaluation import Text
     from qurl.quantization import FORMATS, resolved_format
@@ -57,11 +59,13 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--format {args.format}: nothing to quantize to; use one of {', '.join(formats)}")
     check_text_options(args)
     codebooks = resolved_codebooks(args.codebooks, "--codebooks")
+    precision = resolved_precision(args.precision, "--precision")
     try:
-        resolved_format(args.format, codebooks=codebooks)
+        resolved_format(args.format, codebooks=codebooks, precision=precision)
     except ValueError as error:
-        raise ConfigError(str(error).replace("quantization.codebooks", f"--codebooks {args.codebooks}")) from error
-    settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore), codebooks=codebooks)
+        words = {"quantization.codebooks": f"--codebooks {args.codebooks}", "quantization.precision": "--precision"}
+        raise ConfigError(_in_words(str(error), words | {"quantization=": "--format "})) from error
+    settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore), codebooks=codebooks, precision=precision)
     with _source(args.source, args.out) as source:
         text = Text(source, args.text, args.max_documents, args.context) if args.text else None
         with _bar("tensors") as (bar, task):
@@ -71,6 +75,13 @@ def main(args: argparse.Namespace) -> int:
             _measure(text, args.out, settings, report)
     print(args.out)
     return 0
+
+
+def _in_words(message: str, words: dict[str, str]) -> str:
+    """Keys of the configuration as options of this command."""
+    for key, option in words.items():
+        message = message.replace(key, option)
+    return message
 
 
 @contextmanager
@@ -101,10 +112,10 @@ def _measure(text: Text, out: Path, settings: QuantizeSettings, report: Quantize
     from qurl.ptq.checkpoint import REPORT
     from qurl.ptq.evaluation import quantized_on_disk
 
+    modules = [matrix.module for matrix in report.matrices]
     replacements: dict[str, Any] = {
-        "none": None,
-        settings.format: quantized_on_disk(out, settings.quantization, [matrix.module for matrix in report.matrices]),
-    }
+        "none": None, settings.format: quantized_on_disk(out, settings.quantization(modules), modules)
+    }  # fmt: skip
     losses = {}
     for name, replace in replacements.items():
         with _bar(f"documents, {name}", total=len(text.documents)) as (bar, task):

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from qurl.config.codebooks_file import resolved_codebooks
+from qurl.config.precision_file import resolved_precision
 
 
 class UpdateAwareness(Enum):
@@ -25,7 +26,8 @@ class QuantizationConfig:
     ignore: list[str] = field(default_factory=list)  # module names or "re:<regex>" kept in full precision; lm_head always is
     precision: Any = None
     """Of format=axbxp: a setting such as k2-w2g16-a3g1, or a mapping of module names or "re:<regex>" to settings, of which the
-    first that matches a layer counts. null: the format's own."""
+    first that matches a layer counts; or the path of a YAML or JSON file with such a mapping, which takes its place. null: the
+    format's own."""
     codebooks: Any = None
     """Of the formats of LO-BCQ: a file of codebooks with their layout, whose content takes the place of its path. null: those of
     the package."""
@@ -34,3 +36,4 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         self.codebooks = resolved_codebooks(self.codebooks)
+        self.precision = resolved_precision(self.precision)

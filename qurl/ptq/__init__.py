@@ -1,5 +1,5 @@
-"""Post-training quantization: encoded checkpoints that vLLM serves where qurl is installed, and what quantization costs in
-perplexity by the reference arithmetic of a format."""
+"""Post-training quantization: encoded checkpoints that vLLM serves where qurl is installed, what quantization costs in perplexity
+by the reference arithmetic of a format, and the precision of Ax-BxP that keeps it within a bound."""
 
 from qurl.ptq.checkpoint import QuantizeReport, QuantizeSettings, quantize_folder
 from qurl.ptq.perplexity import DocumentLoss, document_losses, encode_documents, replace_linears

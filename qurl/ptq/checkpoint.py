@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,15 +25,14 @@ import torch
 from torch import Tensor
 
 from qurl.quantization import QuantizationFormat, resolved_format
+from qurl.quantization.axbxp import AxBxP
+from qurl.quantization.axbxp.search import FUSED
 from qurl.quantization.error_report import copy_error
 from qurl.quantization.source import INDEX, Source, checked_targets, source_of_folder
 from qurl.vllm_plugin import CHECKPOINT_VERSION, quantization_config
 
 REPORT = "report.json"
 UNFINISHED = ".unfinished"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Modules that engines run as one matrix, where a layer has all of them."""
-
 Progress = Callable[[int, int], None]  # (done, total) tensors
 
 
@@ -44,11 +43,11 @@ class QuantizeSettings:
     format: str  # key of FORMATS
     ignore: tuple[str, ...] = ()  # patterns of qurl.quantization.select_targets
     codebooks: Mapping[str, Any] | None = None  # the content of a file of quantization.codebooks; None: the package's
+    precision: str | Mapping[str, str] | None = None  # as quantization.precision, of format axbxp
 
-    @property
-    def quantization(self) -> QuantizationFormat:
-        """Raises ValueError as resolved_format does."""
-        return resolved_format(self.format, codebooks=self.codebooks)
+    def quantization(self, targets: Collection[str]) -> QuantizationFormat:
+        """The format, with the precision of each of the modules to quantize. Raises ValueError as resolved_format does."""
+        return resolved_format(self.format, codebooks=self.codebooks, precision=self.precision, layers=targets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,10 +84,11 @@ def quantize_folder(
     with ExitStack() as stack:
         opened = source_of_folder(source, stack)
         targets = checked_targets(opened, settings.ignore)
-        _check_fusion(opened, targets, settings)
-        quantization = settings.quantization
-        wanted = {"format": settings.format, "ignore": list(settings.ignore), "source": folder_digest(source)}
-        wanted |= {"version": CHECKPOINT_VERSION}
+        check_fusion(opened, targets, settings.ignore)
+        quantization = settings.quantization(sorted(targets))
+        _check_precision(opened, targets, quantization)
+        wanted = {"format": settings.format, "ignore": list(settings.ignore), "precision": settings.precision}
+        wanted |= {"source": folder_digest(source), "version": CHECKPOINT_VERSION}
         wanted |= {} if quantization.codebooks_sha256 is None else {"codebooks": quantization.codebooks_sha256}
         if _is_begun(out, wanted):
             if not (out / UNFINISHED).exists():
@@ -145,7 +145,7 @@ def _encoded(module: str, weight: Tensor, quantization: QuantizationFormat) -> t
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = weight.to(device)
     wire = quantization.encode(weight)
-    error = copy_error(module, weight, quantization.decode(wire))
+    error = copy_error(module, weight, quantization.of_layer(module).decode(wire))
     sqnr_db = error.sqnr_db if error.relative_error else None
     rows, columns = weight.shape
     report = MatrixReport(module=module, shape=(rows, columns), sqnr_db=sqnr_db, relative_error=error.relative_error)
@@ -164,7 +164,7 @@ def _finish(
     matrices = [MatrixReport(**matrix) for record in records for matrix in record["matrices"]]
     matrices.sort(key=lambda matrix: -matrix.relative_error)
     numbers = {matrix.module: matrix.shape[0] * matrix.shape[1] for matrix in matrices}
-    quantization = settings.quantization
+    quantization = settings.quantization(sorted(numbers))
     suffixes = quantization.encode(torch.ones(1, matrices[0].shape[1])).keys()
     on_disk = sum(sizes[f"{module}.{suffix}"] for module in numbers for suffix in suffixes)
     formula = sum(quantization.bits_per_weight(matrix.shape) * numbers[matrix.module] for matrix in matrices)
@@ -186,7 +186,9 @@ def _finish(
 
 
 def _config_entry(settings: QuantizeSettings) -> dict[str, Any]:
-    return quantization_config(settings.format, settings.ignore, encoded=True, codebooks=settings.codebooks)
+    return quantization_config(
+        settings.format, settings.ignore, encoded=True, codebooks=settings.codebooks, precision=settings.precision
+    )
 
 
 def _is_begun(out: Path, wanted: dict[str, Any]) -> bool:
@@ -226,18 +228,34 @@ def _check_weights(source: Source, targets: frozenset[str], quantization: Quanti
             raise ValueError(f"{module}.weight of the source is all zeros; the checkpoint is damaged, or give --ignore {module}")
 
 
-def _check_fusion(source: Source, targets: frozenset[str], settings: QuantizeSettings) -> None:
+def check_fusion(source: Source, targets: frozenset[str], ignore: Sequence[str]) -> None:
     """Raises ValueError where engines would refuse the patterns."""
+    for group in _fused(source):
+        ignored = [name for name in group if name not in targets]
+        if ignored and len(ignored) < len(group):
+            raise ValueError(
+                f"--ignore {' '.join(ignore)} keeps {', '.join(ignored)} in full precision, but an engine runs "
+                f"{', '.join(group)} as one matrix; ignore all of them or none"
+            )
+
+
+def _check_precision(source: Source, targets: frozenset[str], quantization: QuantizationFormat) -> None:
+    """Raises ValueError where engines would refuse the precisions; check_fusion has passed."""
+    if not isinstance(quantization, AxBxP):
+        return
+    for group in _fused(source):
+        found = {name: str(quantization.layers.get(name, quantization.precision)) for name in group if name in targets}
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{name} {setting}" for name, setting in found.items())
+            raise ValueError(f"--precision gives parts of one matrix of an engine different settings ({listed}); give all the same")
+
+
+def _fused(source: Source) -> Iterator[list[str]]:
+    """Modules that an engine runs as one matrix."""
     for parts in FUSED:
         for first in (name for name in source.linear_names if name.endswith(f".{parts[0]}")):
             parent = first.removesuffix(parts[0])
-            group = [f"{parent}{part}" for part in parts if f"{parent}{part}" in source.linear_names]
-            ignored = [name for name in group if name not in targets]
-            if ignored and len(ignored) < len(group):
-                raise ValueError(
-                    f"--ignore {' '.join(settings.ignore)} keeps {', '.join(ignored)} in full precision, but an engine runs "
-                    f"{', '.join(group)} as one matrix; ignore all of them or none"
-                )
+            yield [f"{parent}{part}" for part in parts if f"{parent}{part}" in source.linear_names]
 
 
 def folder_digest(folder: Path) -> str:

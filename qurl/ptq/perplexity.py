@@ -44,14 +44,16 @@ def replace_linears(
     """Let the modules named by `wires` answer with the format's arithmetic; wires: module -> wire tensors.
 
     weights, activations: what is quantized; one of them alone tells where an error comes from."""
-    rounded = _Rounded(quantization)
+    rounded: dict[int, Rounded] = {}
     for name, wire in wires.items():
         module: Any = model.get_submodule(name)
-        if weights and activations and not isinstance(quantization, GroupedFormat):
-            module.forward = partial(quantization.linear, wire=wire, bias=module.bias)
+        format = quantization.of_layer(name)
+        if weights and activations and not isinstance(format, GroupedFormat):
+            module.forward = partial(format.linear, wire=wire, bias=module.bias)
             continue
-        weight = quantization.decode(wire) if weights else module.weight.detach().float()
-        module.forward = partial(_decoded_linear, rounded if activations else None, weight, module.bias)
+        weight = format.decode(wire) if weights else module.weight.detach().float()
+        shared = rounded.setdefault(id(format), Rounded(format))
+        module.forward = partial(decoded_linear, shared if activations else None, weight, module.bias)
 
 
 def encode_documents(documents: Sequence[str], tokenizer: Any, context: int) -> list[list[list[int]]]:
@@ -83,7 +85,7 @@ def document_losses(
         progress(done)
 
 
-class _Rounded:
+class Rounded:
     """Activations as a format rounds them; layers that share an input, as queries, keys and values do, round it once."""
 
     def __init__(self, quantization: QuantizationFormat) -> None:
@@ -96,8 +98,8 @@ class _Rounded:
         return self.last[1]
 
 
-def _decoded_linear(rounded: _Rounded | None, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """What a GroupedFormat computes, with one of the two operands left as it is or neither."""
+def decoded_linear(rounded: Rounded | None, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """The product of the numbers that codes stand for, float32; rounded: None leaves the activations as they are."""
     return functional.linear(x.float() if rounded is None else rounded(x), weight, bias)
 
 

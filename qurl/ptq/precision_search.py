@@ -1,0 +1,293 @@
+"""`quantization.precision` for a model: the cheapest whole-network setting of Ax-BxP under a bound, then each layer and operand.
+
+    calibration documents   the search. What must not grow is the divergence from full precision: on text that the model itself
+                            would write, the logarithm of the factor that perplexity grows by, without the noise of losses
+    held-out documents      the confirmation, by perplexity: all of the search's steps, or as many of the first as keep within the
+                            bound, halved until they do; and a table of all candidates
+
+Matrices that an engine runs as one have one setting. All that is measured is kept in a folder, so that a killed search goes on:
+
+    settings.json           what was asked for
+    search.jsonl            divergence on the calibration documents, by precision
+    held_out/               losses of held-out documents, one file for each row of the table
+    search.json             the rows, the settings, the steps
+    precision.yaml          pattern -> setting; written last"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qurl.config.precision_file import write_precision
+from qurl.ptq.checkpoint import check_fusion, folder_digest
+from qurl.ptq.evaluation import Text, load_float32
+from qurl.ptq.journal import journaled_losses
+from qurl.ptq.perplexity import DocumentLoss
+from qurl.ptq.statistics import divergence, perplexity, ratio
+from qurl.ptq.switched import SwitchedModel
+from qurl.quantization.axbxp import Precision, parse
+from qurl.quantization.axbxp.cost import Cost, network_cost
+from qurl.quantization.axbxp.search import Found, cheaper, describe, engine_matrices, search
+from qurl.quantization.source import checked_targets, source_of_folder
+
+INT8 = "k2-w4-a4"
+"""All blocks of both operands."""
+CANDIDATES = (
+    INT8, "k4-w2-a2-noll", "k2-w3g16-a3g1", "k2-w3-a3", "k4-w1-a2", "k4-w2-a1", "k2-w2g16-a3g1", "k2-w2g1-a2g1", "k1-w4g16-a4g1",
+    "k1-w3g16-a3g1",
+)  # fmt: skip
+PRECISION, REPORT, FOUND = "precision.yaml", "search.json", "found"
+COMPUTE_SHARE = 0.5
+"""Of INT8's energy that the model of energy gives to products."""
+
+Progress = Callable[[str, int, int | None], None]  # (what, done, total or None where nobody knows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSettings:
+    """What decides the result, besides the held-out documents."""
+
+    max_loss: float  # relative increase in perplexity, e.g. 0.01
+    num_calibration: int  # documents: the first of the text
+    candidates: tuple[str, ...] = CANDIDATES  # settings for the network
+    ignore: tuple[str, ...] = ()  # patterns of qurl.quantization.select_targets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchRow:
+    """A precision on the held-out documents. Gains are those of a model of a machine; see qurl.quantization.axbxp.cost."""
+
+    precision: str  # a setting, or FOUND
+    products: float  # bit products over INT8's
+    weight_bits: float  # stored for a weight, without scales
+    perplexity: float
+    increase: float  # relative to full precision
+    standard_error: float  # of the increase, over documents
+    divergence: float  # nats per token
+    energy_gain: float  # with COMPUTE_SHARE
+    memory_bound_gain: float
+    compute_bound_gain: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchReport:
+    """What was found; search.json."""
+
+    network: str  # the single setting that the search began with
+    settings: dict[str, str]  # pattern -> setting
+    num_steps: int  # taken from `network`; confirmed on held-out documents
+    num_refused_steps: int  # that met the bound on the calibration documents alone
+    calibration_divergence: float  # nats per token, after the confirmed steps
+    num_measured: int  # precisions, on the calibration documents, in this run or one before
+    rows: list[SearchRow]  # the candidates by products, dearest first; then FOUND
+
+
+def search_precision(
+    model: Path, text: Text, out: Path, settings: SearchSettings, progress: Progress = lambda what, done, total: None
+) -> SearchReport:
+    """Search, confirm, write `out`; the same call goes on where an earlier one was killed.
+
+    Raises ValueError where the text is too short, the model cannot be quantized, `out` is something else or of other arguments, and
+    where no candidate meets the bound."""
+    calibration, held_out = _split(text, settings)
+    with ExitStack() as stack:
+        source = source_of_folder(model, stack)
+        targets = sorted(checked_targets(source, settings.ignore))
+        check_fusion(source, frozenset(targets), settings.ignore)
+        matrices = engine_matrices({name: math.prod(source.shapes[f"{name}.weight"]) for name in targets})
+    question = _begin(model, out, settings, calibration)
+    switched = SwitchedModel(load_float32(model), targets)
+    journal = _Journal(out / "search.jsonl")
+    similar = _by_length(calibration)
+
+    def measure(layers: Mapping[str, Precision]) -> float:
+        progress("precisions, calibration", len(journal), None)
+        return divergence([loss for documents in similar for loss in switched.losses(_settings(layers), documents)]).value
+
+    def held_out_losses(name: str, precision: str | Mapping[str, str] | None) -> list[DocumentLoss]:
+        progress(f"documents, {name}", 0, len(held_out))
+        shown = partial(_shown, progress, f"documents, {name}", len(held_out))
+        asked = {**question, "precision": precision}
+        path = out / "held_out" / f"{name}.jsonl"
+        return journaled_losses(path, asked, held_out, lambda skip: shown(skip, switched.losses(precision, held_out[skip:])))
+
+    found = _search(matrices, measure, settings, journal)
+    baseline = held_out_losses("none", None)
+    losses: dict[str, list[DocumentLoss]] = {}
+    layers, num_steps = _confirmed(found, matrices, settings, baseline, held_out_losses, losses)
+    for candidate in settings.candidates:
+        losses[candidate] = held_out_losses(candidate, candidate)
+    measured = {candidate: dict.fromkeys(matrices, parse(candidate)) for candidate in settings.candidates} | {FOUND: layers}
+    rows = [_row(name, network_cost(each, matrices), losses[name], baseline) for name, each in measured.items()]
+    rows.sort(key=lambda row: (row.precision == FOUND, -row.products))
+    report = SearchReport(
+        network=str(found.network), settings={name: str(each) for name, each in layers.items()}, num_steps=num_steps,
+        num_refused_steps=len(found.steps) - num_steps, calibration_divergence=journal[describe(layers)],
+        num_measured=len(journal), rows=rows,
+    )  # fmt: skip
+    _write(out, settings, report)
+    return report
+
+
+def _split(text: Text, settings: SearchSettings) -> tuple[list[Any], list[Any]]:
+    count = settings.num_calibration
+    if len(text.documents) < count + 2:
+        raise ValueError(
+            f"--text has {len(text.documents)} documents; the search takes {count} and is confirmed on two others or more; give "
+            "more text, or fewer by --num-calibration"
+        )
+    return text.documents[:count], text.documents[count:]
+
+
+def _by_length(documents: Sequence[Any]) -> list[list[Any]]:
+    """Documents of similar length together, so that little is padded; a search runs them a hundred times."""
+    groups: list[list[Any]] = []
+    for document in sorted(documents, key=lambda windows: len(windows[0])):
+        if not groups or len(document[0]) > 1.5 * len(groups[-1][0][0]):
+            groups.append([])
+        groups[-1].append(document)
+    return groups
+
+
+def _begin(model: Path, out: Path, settings: SearchSettings, calibration: Sequence[Any]) -> dict[str, Any]:
+    """What decides a loss besides precision and document. Raises ValueError where `out` holds something else.
+
+    A search that found nothing may go on with another bound or other candidates, which decide no loss."""
+    question = {"model": folder_digest(model), "ignore": list(settings.ignore)}
+    wanted = {**json.loads(json.dumps(asdict(settings))), **question}
+    wanted["calibration"] = hashlib.sha256(json.dumps(calibration).encode()).hexdigest()
+    file = out / "settings.json"
+    if file.is_file():
+        found = json.loads(file.read_text())
+        decisive = wanted if (out / PRECISION).is_file() else wanted.keys() - {"max_loss", "candidates"}
+        if different := [key for key in wanted if key in decisive and found.get(key) != wanted[key]]:
+            key = different[0]
+            raise ValueError(
+                f"{out} holds a search of other arguments ({key}: {found.get(key)} there, {wanted[key]} now); name a new "
+                "folder, or delete that one"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is no folder of `qurl search`; name a new one")
+    out.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(json.dumps(wanted, indent=1) + "\n")
+    partial_file.replace(file)
+    return question
+
+
+def _search(
+    matrices: Mapping[str, float], measure: Callable[[Mapping[str, Precision]], float], settings: SearchSettings,
+    journal: MutableMapping[str, float],
+) -> Found:
+    """On the calibration documents. Raises ValueError where INT8 itself or every candidate is above the bound."""
+    bound = math.log1p(settings.max_loss)
+    whole = dict.fromkeys(matrices, parse(INT8))
+    if INT8 not in journal:
+        journal[INT8] = measure(whole)
+    if not journal[INT8] <= bound:
+        raise ValueError(
+            f"--max-loss {settings.max_loss:g}: INT8 with all blocks, {INT8}, is {math.expm1(journal[INT8]):.2g} by divergence "
+            "from full precision, so nothing cheaper meets it; give a larger one, or --ignore the layers that suffer"
+        )
+    try:
+        candidates = [parse(candidate) for candidate in settings.candidates]
+        return search(matrices, measure, bound, candidates, steps=_steps, journal=journal)
+    except ValueError as error:
+        raise ValueError(f"--max-loss {settings.max_loss:g}, {bound:.4g} nats: {error}; add {INT8} to --candidates") from error
+
+
+def _steps(precision: Precision) -> list[Precision]:
+    """One block less of one operand, or one block alone of both: where a layer hardly matters, that saves rounds of the search."""
+    found = cheaper(precision)
+    lowest = precision
+    while less := cheaper(lowest):
+        lowest = less[0]
+    return found if lowest in (precision, *found) else [*found, lowest]
+
+
+def _confirmed(
+    found: Found, matrices: Mapping[str, float], settings: SearchSettings, baseline: Sequence[DocumentLoss],
+    held_out_losses: Callable[[str, Any], list[DocumentLoss]], losses: dict[str, list[DocumentLoss]],
+) -> tuple[dict[str, Precision], int]:
+    """Precisions after all steps, or as long as the bound is not met after half of those; adds their losses as FOUND. ValueError
+    where not even the setting of the network is confirmed."""
+    count = len(found.steps)
+    while True:
+        layers = dict.fromkeys(matrices, found.network) | {step.layer: step.precision for step in found.steps[:count]}
+        losses[FOUND] = held_out_losses(f"{FOUND}_{count}_steps", _settings(layers))
+        grown = ratio(perplexity(losses[FOUND]), perplexity(baseline))
+        if grown.value - 1 <= settings.max_loss:
+            return layers, count
+        if count == 0:
+            raise ValueError(
+                f"--max-loss {settings.max_loss:g}: {found.network} meets it on the calibration documents, and has "
+                f"{grown.value - 1:.2g} +- {grown.standard_error:.2g} on the others; give more of --num-calibration and "
+                "--max-documents, or a smaller --max-loss"
+            )
+        count //= 2
+
+
+def _row(name: str, price: Cost, losses: Sequence[DocumentLoss], baseline: Sequence[DocumentLoss]) -> SearchRow:
+    ours = perplexity(losses)
+    grown = ratio(ours, perplexity(baseline))
+    return SearchRow(
+        precision=name, products=price.products, weight_bits=price.weight_bits, perplexity=ours.value, increase=grown.value - 1,
+        standard_error=grown.standard_error, divergence=divergence(losses).value, energy_gain=price.energy_gain(COMPUTE_SHARE),
+        memory_bound_gain=price.performance_gain(True), compute_bound_gain=price.performance_gain(False),
+    )  # fmt: skip
+
+
+def _write(out: Path, settings: SearchSettings, report: SearchReport) -> None:
+    (out / REPORT).write_text(json.dumps(asdict(report), indent=1) + "\n")
+    row = report.rows[-1]
+    ignored = "".join(f" --ignore {pattern}" for pattern in settings.ignore)
+    write_precision(
+        out / PRECISION, report.settings,
+        f"quantization.precision of quantization=axbxp{ignored}: perplexity {100 * row.increase:+.2f} % +- "
+        f"{100 * row.standard_error:.2f} % on held-out documents, bound {100 * settings.max_loss:g} %;\n"
+        f"{row.products:.3f} of INT8's bit products, {row.weight_bits:.2f} bits per weight.",
+    )  # fmt: skip
+
+
+def _settings(layers: Mapping[str, Precision]) -> dict[str, str]:
+    return {name: str(precision) for name, precision in layers.items()}
+
+
+def _shown(progress: Progress, what: str, total: int, done: int, losses: Iterator[DocumentLoss]) -> Iterator[DocumentLoss]:
+    for count, loss in enumerate(losses, start=done + 1):
+        yield loss
+        progress(what, count, total)
+
+
+class _Journal(MutableMapping[str, float]):
+    """A dictionary on disk, a line an entry; half a line, of a process that was killed, is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        self.entries: dict[str, float] = dict(json.loads(line) for line in lines)
+        path.write_text("".join(f"{line}\n" for line in lines))
+
+    def __getitem__(self, key: str) -> float:
+        return self.entries[key]
+
+    def __setitem__(self, key: str, value: float) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps([key, value]) + "\n")
+        self.entries[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError("what was measured stays")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
