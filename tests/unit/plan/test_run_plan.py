@@ -53,7 +53,10 @@ def test_a_guard_that_raises_the_precision_plans_no_more_memory(needed: list[str
     assert (raises.engine, raises.wire_bytes) == (warns.engine, warns.wire_bytes)
 
 
-@pytest.mark.parametrize("precision", ["k4-w2-a2", "k2-w4-a4", "{down_proj:k4-w2-a2,'re:.*':k3-w3-a3-balanced}"])
+BY_LAYER = ",".join(f"{name}_proj:k3-w3-a3-balanced" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+
+
+@pytest.mark.parametrize("precision", ["k4-w2-a2", "k2-w4-a4", f"{{{BY_LAYER}}}"])
 def test_a_precision_of_all_blocks_cannot_be_raised(needed: list[str], precision: str) -> None:
     raised = [*needed, "quantization=axbxp", "guard.action=raise_precision", "guard.max_kl=0.01"]
     with pytest.raises(ConfigError, match=r"raise_precision cannot run: quantization.precision=.* keeps all .*k2-w2g16-a3g1"):
