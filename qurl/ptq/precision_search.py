@@ -166,7 +166,7 @@ def _begin(model: Path, out: Path, settings: SearchSettings, calibration: Sequen
     file = out / "settings.json"
     if file.is_file():
         found = json.loads(file.read_text())
-        decisive = wanted if (out / PRECISION).is_file() else wanted.keys() - {"max_loss", "candidates"}
+        decisive = set(wanted) if (out / PRECISION).is_file() else set(wanted) - {"max_loss", "candidates"}
         if different := [key for key in wanted if key in decisive and found.get(key) != wanted[key]]:
             key = different[0]
             raise ValueError(
