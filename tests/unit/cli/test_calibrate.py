@@ -97,7 +97,7 @@ def test_one_operand_alone_gives_it_the_smaller_error(workspace):
         (["calibrate", "tiny", "books.json", "--operands", "weights"], "books.json exists"),
         (["calibrate", "/nowhere", "x.json", "--operands", "weights"], "/nowhere is no Hugging Face folder"),
         (["calibrate", "tiny", "x.json", "--operands", "weights", "--block", "3"], "LO-BCQ with block=3: use one of 2, 4, 8"),
-        (["calibrate", "tiny", "x.json", "--operands", "weights", "--array", "128"], "--array 128 does not divide its 64 input"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--array", "128"], "--array 128 does not divide its 192 input"),
         (["quantize", "tiny", "x", "--format", "int8", "--codebooks", "books.json"], "--codebooks books.json needs quantization"),
         (["quantize", "tiny", "x", "--format", "lobcq_int8", "--codebooks", "books.json"], "--codebooks books.json has codewords"),
         (["quantize", "tiny", "x", "--format", "lobcq", "--codebooks", "none.json"], "--codebooks=none.json cannot be read"),
