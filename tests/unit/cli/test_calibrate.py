@@ -38,6 +38,11 @@ def inside(workspace, monkeypatch):
 def test_a_checkpoint_and_a_row_of_the_table_have_the_layout_of_the_file(workspace, capsys):
     codebooks = load_codebooks(workspace / "books.json")
     assert codebooks.layout == SMALL
+    command = json.loads((workspace / "books.json").read_text())["command"]
+    assert command == (
+        f"qurl calibrate {workspace}/tiny {workspace}/books.json --operands both --block 4 --array 32 --num-codebooks 8 "
+        f"--codeword-bits 6 --seed 0 --text {workspace}/text.jsonl --context 512"
+    )
     assert main(["quantize", "tiny", "out", "--format", "lobcq_w4a16", "--codebooks", "books.json"]) == 0
     config = json.loads((workspace / "out" / "config.json").read_text())
     assert format_of(config["quantization_config"]).codebooks == codebooks
