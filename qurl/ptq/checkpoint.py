@@ -87,8 +87,8 @@ def quantize_folder(
         targets = checked_targets(opened, settings.ignore)
         _check_fusion(opened, targets, settings)
         quantization = settings.quantization
-        wanted = {"format": settings.format, "ignore": list(settings.ignore), "source": folder_digest(source)}
-        wanted |= {"version": CHECKPOINT_VERSION}
+        wanted: dict[str, Any] = {"format": settings.format, "ignore": list(settings.ignore), "source": folder_digest(source)}
+        wanted["version"] = CHECKPOINT_VERSION
         wanted |= {} if quantization.codebooks_sha256 is None else {"codebooks": quantization.codebooks_sha256}
         if _is_begun(out, wanted):
             if not (out / UNFINISHED).exists():
