@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from qurl.ptq.statistics import divergence, increase, perplexity, ratio
 from qurl.quantization import FORMATS, QuantizationFormat, resolved_format, select_targets
 from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.error_report import copy_error
+from qurl.quantization.lobcq import LoBcq
 
 BASELINE = "none"
 NUM_ERROR_DOCUMENTS = 8
@@ -95,7 +97,8 @@ def run_perplexity_bench(
         replace = None if name == BASELINE else quantized_in_memory(
             quantization, targets, weights=operands is not Operands.activations, activations=operands is not Operands.weights
         )  # fmt: skip
-        question = {"format": name, "codebooks": quantization.codebooks_sha256, "ignore": list(ignore), "operands": operands.value}
+        question: dict[str, Any] = {"format": name, "ignore": list(ignore), "operands": operands.value}
+        question["codebooks"] = quantization.codebooks_sha256
         if isinstance(quantization, AxBxP):
             question["precision"] = {target: str(quantization.of_layer(target).precision) for target in targets}
         path = out / operands.value / (re.sub(r"[^\w.-]", "_", name) + ".jsonl")
@@ -128,11 +131,11 @@ def _resolved(formats: Sequence[str], targets: Sequence[str]) -> dict[str, Quant
             )
         if _label(format) in found:
             raise ValueError(f"--formats names two files {_label(format)}; rename one of them")
-        given = {}
-        if colon and isinstance(FORMATS[name], AxBxP):
-            given = {"precision": resolved_precision(word, f"--formats {name}:")}
-        elif colon:
+        given: dict[str, Any] = {}
+        if colon and isinstance(FORMATS[name], LoBcq):
             given = {"codebooks": resolved_codebooks(word, "--formats")}
+        elif colon:
+            given = {"precision": resolved_precision(word, f"--formats {name}:")}
         try:
             found[_label(format)] = resolved_format(name, layers=targets, **given)
         except ValueError as error:

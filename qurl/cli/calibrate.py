@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qurl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qurl.quantization.lobcq import Layout
 
 LAYOUT = {
     "block": "L_b, inputs that share a codebook", "array": "L_A, inputs that share a scale", "num_codebooks": "N_c",
@@ -59,9 +63,21 @@ def main(args: argparse.Namespace) -> int:
     blocks = model_blocks(args.model, text, layout, weights=weights, ignore=args.ignore, seed=args.seed)
     found = calibrate(blocks, layout, args.seed)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_codebooks(found.codebooks, args.out, shlex.join(["qurl", *sys.argv[1:]]))
+    save_codebooks(found.codebooks, args.out, _command(args, layout))
     energy = float(blocks.double().square().sum(dim=1).mean())
     print(f"{len(blocks)} blocks, {len(found.objective) - 1} rounds; squared error over squared numbers "
           f"{found.objective[0] / energy:.6f} at first, {found.rounded_objective / energy:.6f} with the codebooks")  # fmt: skip
     print(args.out)
     return 0
+
+
+def _command(args: argparse.Namespace, layout: Layout) -> str:
+    """What makes the file again, defaults and all."""
+    options: dict[str, Any] = {"operands": args.operands, **asdict(layout), "seed": args.seed}
+    if args.text:
+        options |= {"text": args.text, "max_documents": args.max_documents, "context": args.context}
+    words = ["qurl", "calibrate", str(args.model), str(args.out)]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join([*words, *(word for pattern in args.ignore for word in ("--ignore", pattern))])

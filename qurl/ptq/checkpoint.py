@@ -87,7 +87,7 @@ def quantize_folder(
         check_fusion(opened, targets, settings.ignore)
         quantization = settings.quantization(sorted(targets))
         _check_precision(opened, targets, quantization)
-        wanted = {"format": settings.format, "ignore": list(settings.ignore), "precision": settings.precision}
+        wanted: dict[str, Any] = {"format": settings.format, "ignore": list(settings.ignore), "precision": settings.precision}
         wanted |= {"source": folder_digest(source), "version": CHECKPOINT_VERSION}
         wanted |= {} if quantization.codebooks_sha256 is None else {"codebooks": quantization.codebooks_sha256}
         if _is_begun(out, wanted):

@@ -38,6 +38,11 @@ def inside(workspace, monkeypatch):
 def test_a_checkpoint_and_a_row_of_the_table_have_the_layout_of_the_file(workspace, capsys):
     codebooks = load_codebooks(workspace / "books.json")
     assert codebooks.layout == SMALL
+    command = json.loads((workspace / "books.json").read_text())["command"]
+    assert command == (
+        f"qurl calibrate {workspace}/tiny {workspace}/books.json --operands both --block 4 --array 32 --num-codebooks 8 "
+        f"--codeword-bits 6 --seed 0 --text {workspace}/text.jsonl --context 512"
+    )
     assert main(["quantize", "tiny", "out", "--format", "lobcq_w4a16", "--codebooks", "books.json"]) == 0
     config = json.loads((workspace / "out" / "config.json").read_text())
     assert format_of(config["quantization_config"]).codebooks == codebooks
@@ -97,7 +102,7 @@ def test_one_operand_alone_gives_it_the_smaller_error(workspace):
         (["calibrate", "tiny", "books.json", "--operands", "weights"], "books.json exists"),
         (["calibrate", "/nowhere", "x.json", "--operands", "weights"], "/nowhere is no Hugging Face folder"),
         (["calibrate", "tiny", "x.json", "--operands", "weights", "--block", "3"], "LO-BCQ with block=3: use one of 2, 4, 8"),
-        (["calibrate", "tiny", "x.json", "--operands", "weights", "--array", "128"], "--array 128 does not divide its 64 input"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--array", "128"], "--array 128 does not divide its 192 input"),
         (["quantize", "tiny", "x", "--format", "int8", "--codebooks", "books.json"], "--codebooks books.json needs quantization"),
         (["quantize", "tiny", "x", "--format", "lobcq_int8", "--codebooks", "books.json"], "--codebooks books.json has codewords"),
         (["quantize", "tiny", "x", "--format", "lobcq", "--codebooks", "none.json"], "--codebooks=none.json cannot be read"),

@@ -14,6 +14,8 @@ from qurl.hardware import Gpu, Hardware
 from qurl.plan import make_plan
 from qurl.plan.memory import wire_bytes
 from qurl.plan.preflight import check_model
+from qurl.quantization.lobcq import Codebooks, Layout
+from qurl.quantization.lobcq.codebooks import save_codebooks
 
 GIB = 1 << 30
 LAPTOP = Hardware(
@@ -73,6 +75,24 @@ def test_on_a_gpu_only_what_captured_graphs_allow_can_be_raised(needed: list[str
         plan([*raised, f"quantization.precision={precision}"])
         with pytest.raises(ConfigError, match=f"cannot change from quantization.precision={precision} to k4-w2-a2; use "):
             plan([*on_gpus, f"quantization.precision={precision}"], with_gpus(2))
+
+
+def test_the_codebooks_of_a_file_are_checked_and_their_bits_counted(needed: list[str], tmp_path: Path) -> None:
+    asked = [*needed, "quantization=lobcq", f"quantization.codebooks={tmp_path / 'books.json'}"]
+    book = tuple(range(-15, 16, 2))
+
+    def given(layout: Layout) -> list[str]:
+        save_codebooks(Codebooks(layout=layout, entries=(book,) * layout.num_codebooks), tmp_path / "books.json", "by hand")
+        return asked
+
+    own, package = plan(given(Layout(block=4, array=32, num_codebooks=8))), plan([*needed, "quantization=lobcq"])
+    assert 1.0 < own.wire_bytes / package.wire_bytes < 5.0 / 4.625  # bits per weight; embeddings and norms have 32
+    with pytest.raises(ValueError, match="model.layers.*: quantization=lobcq needs a multiple of 128 input features, not 64"):
+        plan(given(Layout(array=128)))
+    with pytest.raises(ValueError, match="quantization.codebooks has codewords of 8 bits"):
+        plan(given(Layout(codeword_bits=8)))
+    with pytest.raises(ValueError, match="quantization.codebooks needs quantization=lobcq"):
+        plan([*given(Layout()), "quantization=int8"])
 
 
 def test_parameters_and_wire_bytes_match_the_real_model_and_its_encoding(needed: list[str], model_dir: Path) -> None:
