@@ -135,7 +135,7 @@ def _resolved(formats: Sequence[str], targets: Sequence[str]) -> dict[str, Quant
         if colon and isinstance(FORMATS[name], LoBcq):
             given = {"codebooks": resolved_codebooks(word, "--formats")}
         elif colon:
-            given = {"precision": resolved_precision(word, f"--formats {name}:")}
+            given = {"precision": resolved_precision(word, f"--formats {name}:") if isinstance(FORMATS[name], AxBxP) else word}
         try:
             found[_label(format)] = resolved_format(name, layers=targets, **given)
         except ValueError as error:

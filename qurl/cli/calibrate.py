@@ -21,7 +21,7 @@ LAYOUT = {
 
 EPILOG = """FILE is what quantization.codebooks=FILE of a run and --codebooks FILE of qurl quantize and qurl eval take.
 
-Example:
+Examples:
   qurl calibrate models/qwen books.json --text train.jsonl --max-documents 64 --block 4 --array 32 --num-codebooks 8"""
 
 
