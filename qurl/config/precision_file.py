@@ -6,8 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -16,6 +14,8 @@ def resolved_precision(value: Any, key: str = "quantization.precision") -> Any:
     ValueError for a file that cannot be read or holds no such mapping."""
     if not isinstance(value, str) or not value.endswith(SUFFIXES):
         return value
+    import yaml  # what has only torch imports this module
+
     try:
         content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -28,6 +28,8 @@ def resolved_precision(value: Any, key: str = "quantization.precision") -> Any:
 
 def write_precision(path: Path, settings: dict[str, str], comment: str) -> None:
     """All or nothing; comment: a line or several."""
+    import yaml
+
     lines = "".join(f"# {line}\n" for line in comment.splitlines())
     partial = path.with_name(path.name + ".partial")
     partial.write_text(lines + yaml.safe_dump(settings, sort_keys=False, width=1000), encoding="utf-8")

@@ -8,7 +8,7 @@ A codeword needs 8 bits at most, so it is exact in int8, in bfloat16 and in floa
 int32. Scales meet the sums, never the codewords: nothing is rounded before the float32 sum over arrays.
 
 Speed was not measured, and nothing here has run on a GPU: the kernels compile for one, and under Triton's interpreter they equal
-the format's own arithmetic (tests/unit/quantization/test_lobcq_triton.py). tests/gpu/test_lobcq_cuda.py compares on a GPU.
+the format's own arithmetic (tests/unit/quantization/test_lobcq_triton.py). tests/gpu/test_lobcq_triton_gpu.py compares on a GPU.
 
 The only package of qurl that imports Triton; only the code that chooses a kernel for a layer on a GPU imports it."""
 
