@@ -20,6 +20,17 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM; the run ends, after a checkpoint where there is something to save."""
 
 
+def hold_signals() -> None:
+    """Keep what comes from now on until `on_signal` takes it or `release_signals`; without, a Ctrl-C that comes while modules are
+    imported may be lost in one of them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def release_signals() -> None:
+    """Deliver what was kept, and what comes."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def on_signal(interrupt: asyncio.Event) -> None:
     """The first signal sets `interrupt`; the next one cancels the calling task, so that what it started is still torn down.
 
@@ -41,6 +52,7 @@ def on_signal(interrupt: asyncio.Event) -> None:
 
     for number in SIGNALS:
         loop.add_signal_handler(number, ask, number)
+    release_signals()
 
 
 async def or_interrupt(awaitable: Awaitable[T], interrupt: asyncio.Event) -> T:

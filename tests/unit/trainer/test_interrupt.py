@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from qurl.trainer.interrupt import ECHO_S, Interrupted, on_signal, or_interrupt
+from qurl.trainer.interrupt import ECHO_S, Interrupted, hold_signals, on_signal, or_interrupt, release_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -68,3 +68,19 @@ def test_a_cancelled_caller_leaves_nothing_running_and_no_error_unheard(caplog):
     asyncio.run(play())
     gc.collect()  # asyncio complains of an exception that nobody asked for when its future is collected
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_before_the_loop_takes_signals_is_kept_for_it(number):
+    async def run():
+        interrupt = asyncio.Event()
+        os.kill(os.getpid(), number)  # kept: neither an exception here nor the end of the process
+        on_signal(interrupt)
+        with pytest.raises(Interrupted):
+            await or_interrupt(asyncio.Event().wait(), interrupt)
+
+    hold_signals()
+    try:
+        asyncio.run(run())
+    finally:
+        release_signals()
