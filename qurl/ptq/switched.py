@@ -29,7 +29,7 @@ class SwitchedModel:
         self.targets = list(targets)
         self.model = copy.deepcopy(full_precision)
         self.wires = {name: FORMATS["axbxp"].encode(full_precision.get_submodule(name).weight) for name in targets}
-        self.precisions: dict[str, Precision] = {}
+        self.weights: dict[str, tuple[Precision, Tensor]] = {}  # decoded last, of each layer
 
     def losses(
         self, precision: str | Mapping[str, str] | None, documents: Sequence[Sequence[list[int]]]
@@ -56,11 +56,10 @@ class SwitchedModel:
         layer, wire = self.model.get_submodule(name), self.wires[name]
         if format.precision.drops_low_product:
             layer.forward = partial(format.linear, wire=wire, bias=layer.bias)
-        elif self.precisions.get(name) == format.precision:
-            layer.forward = partial(decoded_linear, rounded, layer.forward.args[1], layer.bias)
-        else:
-            layer.forward = partial(decoded_linear, rounded, format.decode(wire), layer.bias)
-        self.precisions[name] = format.precision
+            return
+        if name not in self.weights or self.weights[name][0] != format.precision:
+            self.weights[name] = format.precision, format.decode(wire)
+        layer.forward = partial(decoded_linear, rounded, self.weights[name][1], layer.bias)
 
 
 class _Remembered:
