@@ -7,28 +7,39 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_S = 0.5
+_held: list[signal.Signals] = []  # came before a loop took them
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM; the run ends, after a checkpoint where there is something to save."""
 
 
-def hold_signals() -> None:
-    """Keep what comes from now on until `on_signal` takes it or `release_signals`; without, a Ctrl-C that comes while modules are
-    imported may be lost in one of them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+@contextmanager
+def held_signals() -> Iterator[None]:
+    """Keep what comes until `on_signal` takes it; else a Ctrl-C that comes while modules are imported may be lost in one of them.
+
+    Handlers are those of Python, which run in the main thread whichever thread the system interrupts."""
+    before = {number: signal.signal(number, lambda number, frame: _held.append(signal.Signals(number))) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        _take(signal.raise_signal)
 
 
-def release_signals() -> None:
-    """Deliver what was kept, and what comes."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+def _take(handle: Callable[[signal.Signals], None]) -> None:
+    """Pass on what was kept."""
+    while _held:
+        handle(_held.pop(0))
 
 
 def on_signal(interrupt: asyncio.Event) -> None:
@@ -52,7 +63,7 @@ def on_signal(interrupt: asyncio.Event) -> None:
 
     for number in SIGNALS:
         loop.add_signal_handler(number, ask, number)
-    release_signals()
+    _take(ask)
 
 
 async def or_interrupt(awaitable: Awaitable[T], interrupt: asyncio.Event) -> T:

@@ -21,7 +21,7 @@ from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
 from qurl.rewards import VOTES, check_reward_function
 from qurl.trainer.checkpoint import Checkpoints
-from qurl.trainer.interrupt import Interrupted, hold_signals, on_signal, release_signals
+from qurl.trainer.interrupt import Interrupted, held_signals, on_signal
 from qurl.trainer.run_folder import RunFolder
 from qurl.types import Prompt, RolloutGroup
 
@@ -62,8 +62,7 @@ def run(config: TrainConfig) -> int:
             from qurl.trainer.start import ray_session
 
             log.stage("start")
-            with ray_session(config) as ray_logs:
-                hold_signals()  # until the loop takes them
+            with ray_session(config) as ray_logs, held_signals():
                 return asyncio.run(_train(config, folder.path, ray_logs, checkpoints, resume_from, state, tokenizer, stop_ids,
                                           stream, evaluation, log))  # fmt: skip
         except Interrupted:
@@ -75,7 +74,6 @@ def run(config: TrainConfig) -> int:
             logger.info("what ended the run", exc_info=error)
             return end(remote_cause(error), checkpoints)
         finally:
-            release_signals()
             log.close()
 
 

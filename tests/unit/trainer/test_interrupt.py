@@ -4,10 +4,11 @@ import asyncio
 import gc
 import os
 import signal
+import threading
 
 import pytest
 
-from qurl.trainer.interrupt import ECHO_S, Interrupted, hold_signals, on_signal, or_interrupt, release_signals
+from qurl.trainer.interrupt import ECHO_S, Interrupted, held_signals, on_signal, or_interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -72,6 +73,10 @@ def test_a_cancelled_caller_leaves_nothing_running_and_no_error_unheard(caplog):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_comes_before_the_loop_takes_signals_is_kept_for_it(number):
+    """Beside a thread that waits, which the system may interrupt in place of the main one."""
+    done = threading.Event()
+    threading.Thread(target=done.wait).start()
+
     async def run():
         interrupt = asyncio.Event()
         os.kill(os.getpid(), number)  # kept: neither an exception here nor the end of the process
@@ -79,8 +84,14 @@ def test_a_signal_that_comes_before_the_loop_takes_signals_is_kept_for_it(number
         with pytest.raises(Interrupted):
             await or_interrupt(asyncio.Event().wait(), interrupt)
 
-    hold_signals()
     try:
-        asyncio.run(run())
+        with held_signals():
+            asyncio.run(run())
     finally:
-        release_signals()
+        done.set()
+
+
+def test_a_signal_that_no_loop_took_is_delivered_in_the_end():
+    with pytest.raises(KeyboardInterrupt), held_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
