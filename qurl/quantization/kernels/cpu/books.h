@@ -49,21 +49,6 @@ inline float round_e4m3(float value) {
     return value;
 }
 
-inline float from_bfloat16(uint16_t half) {
-    const uint32_t bits = static_cast<uint32_t>(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-// Ties to even; a NaN stays one.
-inline uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
-}
-
 // Activations as they are multiplied. A token of W4A4 is one plane of codewords, one of W4A16 is three planes of digits.
 struct Tokens {
     int64_t count, columns;

@@ -19,7 +19,10 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("lobcq.cpp", "lookup.cpp", "avx2.h", "portable.h", "books.h", "threads.h", "tiles.h")
+SOURCES = (
+    "lobcq.cpp", "avx2.h", "portable.h", "books.h", "tiles.h",
+    "lookup.cpp", "tensors.h", "threads.h",
+)  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-fno-tree-reassoc", "-ffp-contract=off", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 PATHS = ("portable", "avx2")

@@ -10,42 +10,11 @@
 #include <algorithm>
 
 #include "books.h"
+#include "tensors.h"
 
 constexpr int PLANES = 63;  // of tokens that go through a tile together; a multiple of 3
 
-struct Source {
-    const void* x;  // [tokens, columns]
-    bool is_bfloat16;
-};
-
-struct Target {
-    void* out;  // [tokens, rows]
-    bool is_bfloat16;
-    const void* bias;  // [rows] or null
-    bool is_bias_bfloat16;
-};
-
 using Totals = float[PLANES][HEIGHT];
-
-// A token as float32, and its largest magnitude: Inf or NaN where it has one.
-inline __attribute__((always_inline)) float load_token(const Source& source, int64_t token, int64_t columns, float* values) {
-    if (source.is_bfloat16) {
-        const uint16_t* x = static_cast<const uint16_t*>(source.x) + token * columns;
-        for (int64_t i = 0; i < columns; ++i) values[i] = from_bfloat16(x[i]);
-    } else {
-        std::memcpy(values, static_cast<const float*>(source.x) + token * columns, static_cast<size_t>(columns) * 4);
-    }
-    int32_t largest = 0;
-    for (int64_t i = 0; i < columns; ++i) {
-        int32_t bits;
-        std::memcpy(&bits, values + i, 4);
-        bits &= 0x7FFFFFFF;
-        largest = bits > largest ? bits : largest;
-    }
-    float amax;
-    std::memcpy(&amax, &largest, 4);
-    return amax;
-}
 
 // The float32 scale of a token; NaN for one that is not finite.
 inline float global_scale_of(float amax, const Books& books) {
@@ -79,14 +48,7 @@ inline __attribute__((always_inline)) void store(const float (*totals)[HEIGHT], 
         if (tokens.planes == DIGITS) total = total + totals[1][r] + totals[2][r];
         results[r] = static_cast<float>(total * (matrix.row_scales()[first + r] * tokens.factors[token]));
     }
-    for (int r = 0; r < count; ++r) {
-        float result = results[r];
-        if (target.bias && target.is_bias_bfloat16) result += from_bfloat16(static_cast<const uint16_t*>(target.bias)[first + r]);
-        else if (target.bias) result += static_cast<const float*>(target.bias)[first + r];
-        const int64_t place = token * matrix.rows + first + r;
-        if (target.is_bfloat16) static_cast<uint16_t*>(target.out)[place] = to_bfloat16(result);
-        else static_cast<float*>(target.out)[place] = result;
-    }
+    store_rows(results, count, token, first, matrix.rows, target);
 }
 
 namespace portable {
