@@ -168,8 +168,8 @@ def _errors(quantization: QuantizationFormat, weights: dict[str, Tensor], inputs
     numbers = sum(weight.numel() for weight in weights.values())
     bits = sum(quantization.bits_per_weight(weight.shape) * weight.numel() for weight in weights.values())
     return _Errors(
-        bits_per_weight=bits / numbers,
-        weight_nmse=_mean(_nmse(name, w, formats[name].decode(quantization.encode(w))) for name, w in weights.items()),
+        bits_per_weight=(bits + quantization.shared_bits(weights)) / numbers,
+        weight_nmse=_mean(_nmse(name, w, formats[name].decode(formats[name].encode(w))) for name, w in weights.items()),
         activation_nmse=_mean(_nmse(name, x, decoded_activations(formats[name], x)) for name, x in inputs.items()),
     )
 

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from qurl.quantization import QuantizationFormat, resolved_format
-from qurl.quantization.axbxp import AxBxP
-from qurl.quantization.axbxp.search import FUSED
 from qurl.quantization.error_report import copy_error
 from qurl.quantization.source import INDEX, Source, checked_targets, source_of_folder
+from qurl.quantization.targets import engine_groups
 from qurl.vllm_plugin import CHECKPOINT_VERSION, quantization_config
 
 REPORT = "report.json"
@@ -66,8 +65,8 @@ class QuantizeReport:
 
     settings: dict[str, Any]
     matrices: list[MatrixReport]  # worst first
-    bits_formula: float  # per encoded weight, scales included, by QuantizationFormat.bits_per_weight
-    bits_on_disk: float  # the same from the sizes in the files
+    bits_formula: float  # per encoded weight, scales and own codebooks included, by QuantizationFormat
+    bits_on_disk: float  # the same from the sizes in the files, but for codebooks, which are in config.json
     checkpoint_bytes: int  # of all tensors
     source_bytes: int  # of all tensors of the source
 
@@ -86,7 +85,6 @@ def quantize_folder(
         targets = checked_targets(opened, settings.ignore)
         check_fusion(opened, targets, settings.ignore)
         quantization = settings.quantization(sorted(targets))
-        _check_precision(opened, targets, quantization)
         wanted: dict[str, Any] = {"format": settings.format, "ignore": list(settings.ignore), "precision": settings.precision}
         wanted |= {"source": folder_digest(source), "version": CHECKPOINT_VERSION}
         wanted |= {} if quantization.codebooks_sha256 is None else {"codebooks": quantization.codebooks_sha256}
@@ -144,8 +142,9 @@ def _files(source: Source) -> list[list[str]]:
 def _encoded(module: str, weight: Tensor, quantization: QuantizationFormat) -> tuple[dict[str, Tensor], MatrixReport]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight = weight.to(device)
-    wire = quantization.encode(weight)
-    error = copy_error(module, weight, quantization.of_layer(module).decode(wire))
+    format = quantization.of_layer(module)
+    wire = format.encode(weight)
+    error = copy_error(module, weight, format.decode(wire))
     sqnr_db = error.sqnr_db if error.relative_error else None
     rows, columns = weight.shape
     report = MatrixReport(module=module, shape=(rows, columns), sqnr_db=sqnr_db, relative_error=error.relative_error)
@@ -165,9 +164,10 @@ def _finish(
     matrices.sort(key=lambda matrix: -matrix.relative_error)
     numbers = {matrix.module: matrix.shape[0] * matrix.shape[1] for matrix in matrices}
     quantization = settings.quantization(sorted(numbers))
-    suffixes = quantization.encode(torch.ones(1, matrices[0].shape[1])).keys()
+    suffixes = quantization.wire_row(matrices[0].shape[1]).keys()
     on_disk = sum(sizes[f"{module}.{suffix}"] for module in numbers for suffix in suffixes)
     formula = sum(quantization.bits_per_weight(matrix.shape) * numbers[matrix.module] for matrix in matrices)
+    formula += quantization.shared_bits(numbers)
     report = QuantizeReport(
         settings=wanted,
         matrices=matrices,
@@ -230,32 +230,13 @@ def _check_weights(source: Source, targets: frozenset[str], quantization: Quanti
 
 def check_fusion(source: Source, targets: frozenset[str], ignore: Sequence[str]) -> None:
     """Raises ValueError where engines would refuse the patterns."""
-    for group in _fused(source):
+    for group in engine_groups(source.linear_names).values():
         ignored = [name for name in group if name not in targets]
         if ignored and len(ignored) < len(group):
             raise ValueError(
                 f"--ignore {' '.join(ignore)} keeps {', '.join(ignored)} in full precision, but an engine runs "
                 f"{', '.join(group)} as one matrix; ignore all of them or none"
             )
-
-
-def _check_precision(source: Source, targets: frozenset[str], quantization: QuantizationFormat) -> None:
-    """Raises ValueError where engines would refuse the precisions; check_fusion has passed."""
-    if not isinstance(quantization, AxBxP):
-        return
-    for group in _fused(source):
-        found = {name: str(quantization.layers.get(name, quantization.precision)) for name in group if name in targets}
-        if len(set(found.values())) > 1:
-            listed = ", ".join(f"{name} {setting}" for name, setting in found.items())
-            raise ValueError(f"--precision gives parts of one matrix of an engine different settings ({listed}); give all the same")
-
-
-def _fused(source: Source) -> Iterator[list[str]]:
-    """Modules that an engine runs as one matrix."""
-    for parts in FUSED:
-        for first in (name for name in source.linear_names if name.endswith(f".{parts[0]}")):
-            parent = first.removesuffix(parts[0])
-            yield [f"{parent}{part}" for part in parts if f"{parent}{part}" in source.linear_names]
 
 
 def folder_digest(folder: Path) -> str:

@@ -104,7 +104,7 @@ def quantized_in_memory(
     """Encodes the modules `targets` of the model that it is given."""
 
     def replace(model: Any) -> None:
-        wires = {name: quantization.encode(model.get_submodule(name).weight) for name in targets}
+        wires = {name: quantization.of_layer(name).encode(model.get_submodule(name).weight) for name in targets}
         replace_linears(model, quantization, wires, weights=weights, activations=activations)
 
     return replace

@@ -49,14 +49,16 @@ def resolved_format(
 ) -> QuantizationFormat:
     """The format that `quantization.format`, `quantization.codebooks` and `quantization.precision` name.
 
-    layers: its quantized modules; None where they are not known yet, and the precision is only checked. Raises ValueError for an
-    unknown name, and as with_codebooks and with_precision do."""
+    layers: its quantized modules; None where they are not known yet, and what names layers is only read. Raises ValueError for an
+    unknown name, as with_codebooks and with_precision do, and as the format's check_layers."""
     if name not in FORMATS:
         raise ValueError(f"quantization.format={name!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
     format = with_codebooks(FORMATS[name], codebooks)
-    if layers is not None:
-        return with_precision(format, precision, layers)
-    check_precision(format, precision)
+    if layers is None:
+        check_precision(format, precision)
+        return format
+    format = with_precision(format, precision, layers)
+    format.check_layers(layers)
     return format
 
 

@@ -11,11 +11,13 @@ needs no special case: its codes are 0 and it decodes to exact zeros."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from qurl.quantization.targets import engine_groups
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """Floor of weight scales: the smallest normal float32, whose reciprocal is finite."""
@@ -76,8 +78,26 @@ class QuantizationFormat(ABC):
         """Bits on the wire, scales included, over the number of weights of a matrix of shape (O, I)."""
 
     def of_layer(self, name: str) -> QuantizationFormat:
-        """The format as one layer has it; the wire is the same for all. name: of a Hugging Face module."""
+        """The format as one layer has it: the only one that encodes, decodes and multiplies what is the layer's. Names, shapes and
+        dtypes on the wire are the same for all. name: of a Hugging Face module."""
         return self
+
+    def of_layers(self, names: Sequence[str]) -> QuantizationFormat:
+        """The format of modules that an engine runs as one matrix. Raises ValueError where it is not the same for all."""
+        return self
+
+    def check_layers(self, layers: Collection[str]) -> None:
+        """Raises ValueError where a model whose quantized modules are these cannot have the format, as of_layers does."""
+        for names in engine_groups(layers).values():
+            self.of_layers(names)
+
+    def shared_bits(self, layers: Collection[str]) -> int:
+        """Bits beyond bits_per_weight, for all weights of these modules together."""
+        return 0
+
+    def wire_row(self, columns: int) -> dict[str, Tensor]:
+        """Wire tensors of a weight of one row of ones, whose names, dtypes and widths are those of every layer."""
+        return self.encode(torch.ones(1, columns))
 
     def check_columns(self, columns: int) -> None:
         """Raises ValueError where a weight with so many columns cannot be encoded."""

@@ -39,7 +39,8 @@ class ErrorReport:
 
 def matrix_error(name: str, weight: Tensor, quantization: QuantizationFormat) -> MatrixError:
     """Error of encode -> decode of a weight [O, I]."""
-    return copy_error(name, weight, quantization.decode(quantization.encode(weight)))
+    format = quantization.of_layer(name)
+    return copy_error(name, weight, format.decode(format.encode(weight)))
 
 
 def copy_error(name: str, weight: Tensor, copy: Tensor) -> MatrixError:

@@ -63,7 +63,7 @@ def _encoded(
             yield name, tensor
             continue
         try:
-            wire = quantization.encode(tensor)
+            wire = quantization.of_layer(module).encode(tensor)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         yield from ((f"{module}.{suffix}", part) for suffix, part in quantization.checkpoint_tensors(wire).items())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 OUTPUT_HEAD = "lm_head"
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Last components of modules that engines run as one matrix."""
 
 
 def select_targets(linear_names: Sequence[str], ignore: Sequence[str]) -> frozenset[str]:
@@ -42,3 +44,18 @@ def matches_pattern(name: str, pattern: str, key: str) -> bool:
         return re.match(pattern.removeprefix("re:"), name) is not None
     except re.error as error:
         raise ValueError(f"{key}={pattern!r} is no valid regular expression: {error}") from error
+
+
+def engine_pattern(name: str) -> str:
+    """A pattern for the module and those that engines run as one matrix with it."""
+    parent, dot, leaf = name.rpartition(".")
+    together = next((parts for parts in FUSED if leaf in parts), None)
+    return name if together is None else f"re:{re.escape(parent + dot)}({'|'.join(together)})$"
+
+
+def engine_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Which of the modules engines run as one matrix, by the pattern that they have together."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(engine_pattern(name), []).append(name)
+    return found

@@ -217,10 +217,11 @@ class WeightSender:
 
     def _codes(self, module: str, weight: Tensor) -> dict[str, Tensor]:
         """What `module` is sent as in the current version, by suffix."""
+        format = self._format.of_layer(module)
         if self._rounding_seed is None:
-            return self._format.encode(weight)
+            return format.encode(weight)
         generator = rounding_generator(self._rounding_seed, self._version, module, weight.device)
-        return self._format.encode_stochastically(weight, generator)
+        return format.encode_stochastically(weight, generator)
 
     def _wire_tensor(self, name: str, tensor: Tensor, base_version: int | None, progress: _Progress) -> WireTensor:
         """Ready to travel, whole or as changes; remembers it for the next update."""

@@ -144,17 +144,6 @@ class AxBxPKernel(CodeKernel):
                 layer.register_buffer(name, tensor.to(self.shape.device, copy=True), persistent=False)
 
 
-def one_precision(format: AxBxP, names: Sequence[str]) -> AxBxP:
-    """The format of the Hugging Face modules that are one matrix in the engine. Raises ValueError where their precisions differ."""
-    formats = [format.of_layer(name) for name in names]
-    if len({each.precision for each in formats}) > 1:
-        listed = ", ".join(f"{name} {each.precision}" for name, each in zip(names, formats, strict=True))
-        raise ValueError(
-            f"quantization.precision gives the parts of one matrix of the engine different settings ({listed}); give all the same"
-        )
-    return formats[0]
-
-
 @torch.no_grad()
 def set_precision(worker: Any, precision: str | Mapping[str, str] | None) -> float:
     """For collective_rpc: take another `quantization.precision`, whole, as if the engine had been started with it; seconds it took.
@@ -167,7 +156,8 @@ def set_precision(worker: Any, precision: str | Mapping[str, str] | None) -> flo
     if not layers:
         raise ValueError("set_precision needs an engine with quantization=axbxp, and no layer of this one has that format")
     assigned = layers[0][1].config.with_precision(precision)
-    formats = [one_precision(assigned, method.names) for _, method, _ in layers]
+    assert isinstance(assigned, AxBxP)
+    formats = [assigned.of_layers(method.names) for _, method, _ in layers]
     for (_, _, kernel), format in zip(layers, formats, strict=True):
         kernel.check_switch(format.precision)
     for (layer, method, kernel), format in zip(layers, formats, strict=True):

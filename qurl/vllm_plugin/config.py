@@ -13,10 +13,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from qurl.quantization import FORMATS, select_targets, with_precision
-from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.base import QuantizationFormat
 from qurl.vllm_plugin import NAME, format_of
-from qurl.vllm_plugin.axbxp import one_precision
 from qurl.vllm_plugin.embedding import QurlEmbeddingMethod
 from qurl.vllm_plugin.linear import QurlLinearMethod
 
@@ -78,8 +76,8 @@ class QurlConfig(QuantizationConfig):
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
 
     def format_of(self, names: list[str]) -> QuantizationFormat:
-        """The format of a fused module. Raises ValueError where only some of its parts are ignored, or their precisions differ, and
-        as select_targets and with_precision do."""
+        """The format of a fused module. Raises ValueError where only some of its parts are ignored, and as select_targets,
+        with_precision and the format's check_layers and of_layers do."""
         chosen = [name in self._targets for name in names]
         if any(chosen) and not all(chosen):
             ignored = [name for name, is_target in zip(names, chosen, strict=True) if not is_target]
@@ -89,7 +87,7 @@ class QurlConfig(QuantizationConfig):
             )
         if not all(chosen):
             return FORMATS["none"]
-        return one_precision(self._started_with, names) if isinstance(self._started_with, AxBxP) else self._started_with
+        return self._started_with.of_layers(names)
 
     def with_precision(self, precision: str | Mapping[str, str] | None) -> QuantizationFormat:
         """The format with a quantization.precision for this model. ValueError as qurl.quantization.with_precision."""
@@ -97,7 +95,9 @@ class QurlConfig(QuantizationConfig):
 
     @cached_property
     def _started_with(self) -> QuantizationFormat:
-        return self.with_precision(self.precision)
+        format = self.with_precision(self.precision)
+        format.check_layers(sorted(self._targets))
+        return format
 
     @cached_property
     def _targets(self) -> frozenset[str]:

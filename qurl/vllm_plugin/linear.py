@@ -123,7 +123,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
     def _wire_row(self, columns: int) -> dict[str, Tensor]:
         """Wire tensors of a weight of one row and so many columns, or the next more that the format can encode, one row each."""
         rounded = -(-columns // self._column_block) * self._column_block
-        wire = self.config.format.encode(torch.ones(1, rounded))
+        wire = self.config.format.wire_row(rounded)
         return {name: rows_of(self.config.format, name, tensor, 1) for name, tensor in wire.items()}
 
     @property
@@ -194,8 +194,9 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         """Rows of one Hugging Face matrix (this rank's part), with the scales of the whole matrix."""
         if self.full_columns != self.shape.columns:
             matrix = tensor_model_parallel_all_gather(matrix.contiguous(), dim=1)
-        wire = self.config.format.encode(matrix)
-        rows = {name: rows_of(self.config.format, name, tensor, len(matrix)) for name, tensor in wire.items()}
+        assert self.format is not None
+        wire = self.format.encode(matrix)
+        rows = {name: rows_of(self.format, name, tensor, len(matrix)) for name, tensor in wire.items()}
         own = self._wire_row(self.shape.columns)
         return {name: _own_columns(tensor, own[name].shape[1]) for name, tensor in rows.items()}
 

@@ -34,8 +34,8 @@ class CudaLoBcq(LinearKernel):
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
         if not self.names:
             device, codebooks = rows["weight"].device, self.format.codebooks
-            layer.register_buffer("codebooks", codebook_bytes(codebooks).to(device), persistent=False)
-            layer.register_buffer("nearest_codewords", nearest_codewords(codebooks).to(device), persistent=False)
+            layer.register_buffer("codebooks", codebook_bytes(codebooks.weights).to(device), persistent=False)
+            layer.register_buffer("nearest_codewords", nearest_codewords(codebooks.activations).to(device), persistent=False)
         self.names = tuple(rows)
         for name, tensor in rows.items():
             layer.register_parameter(name, as_parameter(tensor.contiguous()))

@@ -73,7 +73,7 @@ def test_activations_get_the_reference_s_codewords_and_scales(name, dtype):
     x[3, ::64] = largest  # its scales are 1, so numbers halfway between codewords stay there
     x = x.to(dtype)
     expected = format.quantize_activations(x)
-    codewords, scales = lobcq_encode(x.to(DEVICE), nearest_codewords(format.codebooks).to(DEVICE), 8, 64)
+    codewords, scales = lobcq_encode(x.to(DEVICE), nearest_codewords(format.codebooks.activations).to(DEVICE), 8, 64)
     assert torch.equal(codewords.cpu().float(), expected[0]) and torch.equal(scales.cpu(), expected[1])
 
 
@@ -97,7 +97,7 @@ def test_w4a4_has_the_bits_of_the_loop_for_every_number_of_tokens(name, permute)
     codewords, scales = (t.to(DEVICE) for t in format.quantize_activations(x))
     for tokens in TOKENS:
         inputs = (codewords[:tokens].to(torch.int8), scales[:tokens])
-        table = codebook_bytes(format.codebooks).to(DEVICE)
+        table = codebook_bytes(format.codebooks.weights).to(DEVICE)
         found = lobcq_matmul(*inputs, *weights, table, None, 8, permute, torch.float32)
         assert torch.equal(found.cpu(), expected[:tokens]), tokens
 

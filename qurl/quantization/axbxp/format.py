@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ class AxBxP(Int8):
     def of_layer(self, name: str) -> AxBxP:
         """The format with the precision of one layer, a Hugging Face module."""
         return AxBxP(self.name, self.layers.get(name, self.precision))
+
+    def of_layers(self, names: Sequence[str]) -> AxBxP:
+        """Raises ValueError where their precisions differ."""
+        formats = [self.of_layer(name) for name in names]
+        if len({each.precision for each in formats}) > 1:
+            listed = ", ".join(f"{name} {each.precision}" for name, each in zip(names, formats, strict=True))
+            raise ValueError(
+                f"quantization.precision gives the parts of one matrix of the engine different settings ({listed}); give all the "
+                "same"
+            )
+        return formats[0]
 
     def encode_stochastically(self, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Raises ValueError: there is none."""

@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 from qurl.quantization.axbxp.cost import Cost, cost, network_cost
 from qurl.quantization.axbxp.precision import Kept, Precision
+from qurl.quantization.targets import engine_pattern
 
 Loss = Callable[[Mapping[str, Precision]], float]
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Last components of modules that engines run as one matrix, and that therefore have one precision."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,8 +185,6 @@ def engine_matrices(num_weights: Mapping[str, float]) -> dict[str, float]:
     of the Hugging Face modules."""
     found: dict[str, float] = {}
     for name, count in num_weights.items():
-        parent, dot, leaf = name.rpartition(".")
-        together = next((parts for parts in FUSED if leaf in parts), None)
-        pattern = name if together is None else f"re:{re.escape(parent + dot)}({'|'.join(together)})$"
+        pattern = engine_pattern(name)
         found[pattern] = found.get(pattern, 0) + count
     return found

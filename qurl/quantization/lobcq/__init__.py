@@ -16,8 +16,9 @@ reconstructed: the normalization (an equivalent form, see format), the initializ
 which here are synthetic weights and activations, see samples. Codewords of 8 bits are ours."""
 
 from qurl.quantization.lobcq.assign import with_codebooks
+from qurl.quantization.lobcq.codebook_sets import CodebookSets, LayerCodebooks
 from qurl.quantization.lobcq.codebooks import Codebooks, load_codebooks
 from qurl.quantization.lobcq.format import LoBcq
 from qurl.quantization.lobcq.layout import Layout
 
-__all__ = ["Codebooks", "Layout", "LoBcq", "load_codebooks", "with_codebooks"]
+__all__ = ["CodebookSets", "Codebooks", "LayerCodebooks", "Layout", "LoBcq", "load_codebooks", "with_codebooks"]

@@ -1,4 +1,4 @@
-"""Frozen codebooks and the search for the nearest of their entries."""
+"""A set of frozen codebooks and the search for the nearest of their entries."""
 
 from __future__ import annotations
 
@@ -121,12 +121,17 @@ def codebooks_of(content: Any, source: str, sha256: str | None = None) -> Codebo
         expected = sha256 or str(content["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} holds no LO-BCQ codebooks: {type(error).__name__}: {error}") from error
-    if codebooks.sha256 != expected:
+    refuse_other_hash(codebooks.sha256, expected, source)
+    return codebooks
+
+
+def refuse_other_hash(found: str, expected: str, source: str) -> None:
+    """Raises ValueError."""
+    if found != expected:
         raise ValueError(
-            f"{source} holds LO-BCQ codebooks {codebooks.sha256[:12]}, not {expected[:12]}, with which weights would decode to "
+            f"{source} holds LO-BCQ codebooks {found[:12]}, not {expected[:12]}, with which weights would decode to "
             "wrong numbers; restore the file, or make it again with the command that it names"
         )
-    return codebooks
 
 
 def _half_step(values: Tensor, largest: int) -> Tensor:

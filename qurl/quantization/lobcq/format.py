@@ -10,13 +10,16 @@ scale 0, since a codebook need not contain 0."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache, cached_property
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qurl.quantization.grouped import GroupedFormat
+from qurl.quantization.lobcq.codebook_sets import CodebookSets, LayerCodebooks
 from qurl.quantization.lobcq.codebooks import FOLDER, Codebooks, load_codebooks
 from qurl.quantization.lobcq.layout import NUM_ENTRIES, Layout
 from qurl.quantization.packing import pack, pack_bits, unpack, unpack_bits
@@ -29,32 +32,65 @@ class LoBcq(GroupedFormat):
 
     matrix_tensors = frozenset({"weight_global_scale"})
 
-    def __init__(self, name: str, layout: Layout, codebooks: str | Codebooks, keeps_activations: bool = False) -> None:
-        """codebooks: those of this package with that SHA-256, which are read when they are needed, or others.
+    def __init__(
+        self, name: str, layout: Layout, codebooks: str | Codebooks | CodebookSets, keeps_activations: bool = False
+    ) -> None:
+        """codebooks: those of this package with that SHA-256, which are read when they are needed, or others, universal or not.
 
         keeps_activations: W4A16; else W4A4."""
         self.name = name
         self.layout = layout
         self.block = (1, layout.array)
         self.keeps_activations = keeps_activations
-        self._given = codebooks
+        self._given = CodebookSets.universal(codebooks) if isinstance(codebooks, Codebooks) else codebooks
 
     @cached_property
-    def codebooks(self) -> Codebooks:
-        """Raises ValueError where the package's file is damaged or another."""
-        if isinstance(self._given, Codebooks):
+    def sets(self) -> CodebookSets:
+        """Of all layers. Raises ValueError where the package's file is damaged or another."""
+        if isinstance(self._given, CodebookSets):
             return self._given
-        return load_codebooks(FOLDER / self.layout.file_name, self._given)
+        return CodebookSets.universal(load_codebooks(FOLDER / self.layout.file_name, self._given))
+
+    @cached_property
+    def codebooks(self) -> LayerCodebooks:
+        """Of a layer. A format whose layers have different ones has them after of_layer alone."""
+        (_, codebooks), *others = self.sets.layers
+        assert not others, "of_layer chooses the codebooks"
+        return codebooks
 
     @property
-    def own_codebooks(self) -> Codebooks | None:
+    def own_codebooks(self) -> CodebookSets | None:
         """Where they are not the package's."""
-        return self._given if isinstance(self._given, Codebooks) else None
+        return self._given if isinstance(self._given, CodebookSets) else None
 
     @property
     def codebooks_sha256(self) -> str:
-        """Of layout and entries."""
-        return self.codebooks.sha256
+        """Of layouts and entries, and of which layer has which."""
+        return self.sets.sha256
+
+    def of_layer(self, name: str) -> LoBcq:
+        """The format with the codebooks of one layer alone. Raises ValueError where the layer has none."""
+        return self.of_layers([name])
+
+    def of_layers(self, names: Sequence[str]) -> LoBcq:
+        """The same object for all that have the same codebooks. Raises ValueError where these have not, or one has none."""
+        return _with_codebooks(self, self.sets.of_layers(names)) if len(self.sets.layers) > 1 else self
+
+    def check_layers(self, layers: Collection[str]) -> None:
+        """Raises ValueError where codebooks are for layers that the model has not, and where some layers have none or, together,
+        different ones."""
+        self.sets.check_layers(layers)
+        super().check_layers(layers)
+
+    def shared_bits(self, layers: Collection[str]) -> int:
+        """Of the layers' sets for weights. The package's, which all models share, count nothing, as in the paper."""
+        if self.own_codebooks is None:
+            return 0
+        return len({self.sets.of_layer(name).weights for name in layers}) * self.layout.set_bits
+
+    def wire_row(self, columns: int) -> dict[str, Tensor]:
+        """That of any layer."""
+        return _with_codebooks(self, self.sets.layers[0][1]).encode(torch.ones(1, columns))
 
     def check_columns(self, columns: int) -> None:
         """Raises ValueError where L_A does not divide them."""
@@ -70,7 +106,7 @@ class LoBcq(GroupedFormat):
         amax = groups.abs().amax(dim=-1)
         global_scale = global_scale_of(amax.amax().view(1), self.layout.largest)
         scale = e4m3_scales(amax, global_scale, self.layout.largest, 0.0)
-        books, codes = self._search(groups, scale, global_scale)
+        books, codes = _search(self.codebooks.weights, groups, scale, global_scale)
         wire = {"weight": pack(codes.view(len(groups), -1))}
         if self.layout.selector_bits:
             wire["weight_selector"] = pack_bits(books.view(len(groups), -1), self.layout.selector_bits)
@@ -84,8 +120,8 @@ class LoBcq(GroupedFormat):
             books = unpack_bits(wire["weight_selector"], self.layout.selector_bits, blocks)
         else:
             books = codes.new_zeros((len(codes), blocks))
-        numbers = self.grouped(self._entries(books.flatten(), codes.view(-1, self.layout.block)).view(codes.shape))
-        return (numbers * (wire["weight_scale"].float() / wire["weight_global_scale"])[..., None]).flatten(-2)
+        codewords = _entries(self.codebooks.weights, books.flatten(), codes.view(-1, self.layout.block)).view(codes.shape)
+        return (self.grouped(codewords) * (wire["weight_scale"].float() / wire["weight_global_scale"])[..., None]).flatten(-2)
 
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codewords [..., I] and scales [..., I/L_A], the E4M3 one over the token's, both as float32.
@@ -93,23 +129,37 @@ class LoBcq(GroupedFormat):
         NaN or Inf in a token makes its scales, and what is computed from them, non-finite."""
         if self.keeps_activations:
             return super().quantize_activations(x)
+        codebooks = self.codebooks.activations
         groups = self.grouped(x.float())
         amax = groups.abs().amax(dim=-1)
-        global_scale = global_scale_of(amax.amax(dim=-1, keepdim=True), self.layout.largest)
-        scale = e4m3_scales(amax, global_scale, self.layout.largest, 0.0)
-        return self._entries(*self._search(groups, scale, global_scale)).view(x.shape), scale.float() / global_scale
-
-    def _search(self, groups: Tensor, scale: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Books [n] and codes [n, L_b] of all blocks of [..., groups, L_A]."""
-        inverse = (global_scale / scale.float()).where(scale.float() > 0, 0.0)
-        return self.codebooks.nearest((groups * inverse[..., None]).reshape(-1, self.layout.block))
-
-    def _entries(self, books: Tensor, codes: Tensor) -> Tensor:
-        """Codewords float32 [n, L_b]."""
-        table = self.codebooks.table.to(codes.device)
-        return functional.embedding(books[:, None].int() * NUM_ENTRIES + codes, table[:, None])[..., 0]
+        global_scale = global_scale_of(amax.amax(dim=-1, keepdim=True), codebooks.layout.largest)
+        scale = e4m3_scales(amax, global_scale, codebooks.layout.largest, 0.0)
+        found = _search(codebooks, groups, scale, global_scale)
+        return _entries(codebooks, *found).view(x.shape), scale.float() / global_scale
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """4, log2(N_c) per block, where rows are whole bytes, a byte per array and a float32."""
         selector_bytes = -(-shape[1] // self.layout.block * self.layout.selector_bits // 8)
         return 4.0 + 8.0 * selector_bytes / shape[1] + 8.0 / self.layout.array + 32.0 / (shape[0] * shape[1])
+
+
+@cache
+def _with_codebooks(format: LoBcq, codebooks: LayerCodebooks) -> LoBcq:
+    """The format with these in all layers."""
+    found = copy.copy(format)
+    found.__dict__.pop("sets", None)
+    found.__dict__.pop("codebooks", None)
+    found._given = CodebookSets.of_every_layer(codebooks)
+    return found
+
+
+def _search(codebooks: Codebooks, groups: Tensor, scale: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Books [n] and codes [n, L_b] of all blocks of [..., groups, L_A]."""
+    inverse = (global_scale / scale.float()).where(scale.float() > 0, 0.0)
+    return codebooks.nearest((groups * inverse[..., None]).reshape(-1, codebooks.layout.block))
+
+
+def _entries(codebooks: Codebooks, books: Tensor, codes: Tensor) -> Tensor:
+    """Codewords float32 [n, L_b]."""
+    table = codebooks.table.to(codes.device)
+    return functional.embedding(books[:, None].int() * NUM_ENTRIES + codes, table[:, None])[..., 0]

@@ -38,11 +38,15 @@ class Layout:
         return self.num_codebooks.bit_length() - 1
 
     @property
+    def set_bits(self) -> int:
+        """N_c * 16 * B_c: of a set of codebooks."""
+        return self.num_codebooks * NUM_ENTRIES * self.codeword_bits
+
+    @property
     def file_name(self) -> str:
         """Of its codebooks."""
         return f"lb{self.block}_la{self.array}_nc{self.num_codebooks}_int{self.codeword_bits}.json"
 
     def bits_per_number(self, count: float = math.inf) -> float:
         """4 + log2(N_c)/L_b + 8/L_A, and the codebooks' own bits spread over `count` numbers that use them, as the paper counts."""
-        codebooks = self.num_codebooks * NUM_ENTRIES * self.codeword_bits
-        return 4.0 + self.selector_bits / self.block + 8.0 / self.array + codebooks / count
+        return 4.0 + self.selector_bits / self.block + 8.0 / self.array + self.set_bits / count

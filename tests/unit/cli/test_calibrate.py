@@ -45,7 +45,7 @@ def test_a_checkpoint_and_a_row_of_the_table_have_the_layout_of_the_file(workspa
     )
     assert main(["quantize", "tiny", "out", "--format", "lobcq_w4a16", "--codebooks", "books.json"]) == 0
     config = json.loads((workspace / "out" / "config.json").read_text())
-    assert format_of(config["quantization_config"]).codebooks == codebooks
+    assert format_of(config["quantization_config"]).sets.universal_set == codebooks
     assert json.loads((workspace / "out" / "report.json").read_text())["settings"]["codebooks"] == codebooks.sha256
     bench = ["bench", "perplexity", "tiny", "--text", "text.jsonl", "--formats", "lobcq:books.json", "lobcq",
              "--relative-to", "lobcq:books.json", "--out", "table"]  # fmt: skip

@@ -16,11 +16,14 @@ from qurl.quantization.kernels.triton import codebook_bytes, lobcq_encode, lobcq
 from qurl.quantization.kernels.triton.codewords import PERMUTE
 from qurl.quantization.kernels.triton.encode import _to_e4m3
 from qurl.quantization.kernels.triton.matmul import SMALLEST_ARRAY, num_splits
-from qurl.quantization.lobcq import Codebooks, Layout, LoBcq
+from qurl.quantization.lobcq import Codebooks, CodebookSets, LayerCodebooks, Layout, LoBcq
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy divides by 0 where a GPU does
 LAYOUTS = [*VARIANTS[1:], Layout(block=4, array=32, num_codebooks=8)]
-FORMATS_HERE = [FORMATS["lobcq"], FORMATS["lobcq_int8"], *map(any_format, LAYOUTS)]
+OPERANDS = LoBcq("of operands", Layout(), CodebookSets.of_every_layer(LayerCodebooks(
+    weights=FORMATS["lobcq"].codebooks.weights, activations=FORMATS["lobcq_int8"].codebooks.activations
+)))  # fmt: skip
+FORMATS_HERE = [FORMATS["lobcq"], FORMATS["lobcq_int8"], OPERANDS, *map(any_format, LAYOUTS)]
 MULTIPLIED = [format for format in FORMATS_HERE if format.layout.array >= SMALLEST_ARRAY]
 
 
@@ -32,7 +35,8 @@ def label(value):
     if not isinstance(value, LoBcq):
         return None
     layout = value.layout
-    return f"lb{layout.block}_la{layout.array}_nc{layout.num_codebooks}_int{layout.codeword_bits}"
+    name = f"lb{layout.block}_la{layout.array}_nc{layout.num_codebooks}_int{layout.codeword_bits}"
+    return name if value is not OPERANDS else f"{name}_of_operands"
 
 
 def prmt(a, b, selector):
@@ -95,7 +99,7 @@ def bfloat16(monkeypatch):
 
 
 def encode(format, x):
-    return lobcq_encode(x, nearest_codewords(format.codebooks), format.layout.block, format.layout.array)
+    return lobcq_encode(x, nearest_codewords(format.codebooks.activations), format.layout.block, format.layout.array)
 
 
 def quantized(format, x):
@@ -115,7 +119,7 @@ def fused(format, sizes, columns, seed=0):
 def multiply(format, x, x_scales, stacked, bias=None, dtype=torch.float32, permute=False):
     return lobcq_matmul(
         x, x_scales, stacked["weight"], stacked.get("weight_selector"), stacked["weight_scale"], stacked["weight_global_scale"],
-        codebook_bytes(format.codebooks), bias, format.layout.block, permute, dtype,
+        codebook_bytes(format.codebooks.weights), bias, format.layout.block, permute, dtype,
     )  # fmt: skip
 
 
@@ -281,10 +285,10 @@ def test_byte_permutes_and_gathers_multiply_the_same_codewords(ptx, format):
 def test_a_compiler_is_told_the_shapes_and_types_that_come():
     format = FORMATS["lobcq"]
     _, stacked = fused(format, [5], 128)
-    x, table = normal(3, 128), nearest_codewords(format.codebooks)
+    x, table = normal(3, 128), nearest_codewords(format.codebooks.activations)
     codewords, scales = quantized(format, x)
     weights = (stacked["weight"], stacked["weight_selector"], stacked["weight_scale"], stacked["weight_global_scale"])
-    rest = (codebook_bytes(format.codebooks), normal(5), 8, False, torch.bfloat16)
+    rest = (codebook_bytes(format.codebooks.weights), normal(5), 8, False, torch.bfloat16)
     torch.library.opcheck(lobcq_encode, (x, table, 8, 64), test_utils=("test_schema", "test_faketensor"))
     for inputs in ((codewords, scales), (x, None)):  # the schema's check cannot copy E4M3
         torch.library.opcheck(lobcq_matmul, (*inputs, *weights, *rest), test_utils="test_faketensor")

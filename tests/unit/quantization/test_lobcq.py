@@ -43,7 +43,7 @@ def any_format(layout, **options):
 @pytest.mark.parametrize("layout", VARIANTS, ids=str)
 def test_weights_equal_a_loop_over_books_and_entries(layout):
     quantization, matrix = any_format(layout), normal(3, 128) * torch.tensor([[1.0], [0.01], [30.0]])
-    books = quantization.codebooks.entries
+    books = quantization.codebooks.weights.entries
     wire = quantization.encode(matrix)
     decoded = quantization.decode(wire)
     global_scale = 448 * layout.largest / float(matrix.abs().max())
@@ -185,7 +185,7 @@ def test_codebooks_that_are_not_the_frozen_ones_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no LO-BCQ codebooks"):
         LoBcq("lobcq", Layout(num_codebooks=2), "abc").encode(normal(2, 64))
     for name in ("lobcq", "lobcq_int8", "lobcq_w4a16"):
-        assert FORMATS[name].codebooks.layout == FORMATS[name].layout
+        assert FORMATS[name].sets.layout == FORMATS[name].layout
 
 
 def test_what_cannot_be_encoded_or_calibrated_is_refused():

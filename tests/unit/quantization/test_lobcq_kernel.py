@@ -11,7 +11,7 @@ from qurl.quantization import FORMATS
 from qurl.quantization.kernels.cpu import library
 from qurl.quantization.kernels.cpu.library import PATHS, KernelsUnavailable, Library
 from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, has_kernel
-from qurl.quantization.lobcq import Layout, LoBcq
+from qurl.quantization.lobcq import CodebookSets, LayerCodebooks, Layout, LoBcq
 from qurl.quantization.packing import unpack, unpack_bits
 
 try:
@@ -20,15 +20,25 @@ except KernelsUnavailable as error:
     pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
 
 AVAILABLE = PATHS[: LOADED.functions.qurl_num_paths()]
-KERNELS = {(name, path): LoBcqKernel(FORMATS[name], Library(LOADED.functions, path))
-           for name in ("lobcq", "lobcq_int8", "lobcq_w4a16") for path in AVAILABLE}  # fmt: skip
-W4A4 = ("lobcq", "lobcq_int8")
+
+
+def of_operands(weights, activations):
+    """With codebooks of one format for weights and of another for activations."""
+    codebooks = LayerCodebooks(weights=FORMATS[weights].codebooks.weights, activations=FORMATS[activations].codebooks.weights)
+    return LoBcq(f"{weights} times {activations}", FORMATS[weights].layout, CodebookSets.of_every_layer(codebooks))
+
+
+CASES = {name: FORMATS[name] for name in ("lobcq", "lobcq_int8", "lobcq_w4a16")}
+CASES |= {"w6a8": of_operands("lobcq", "lobcq_int8"), "w8a6": of_operands("lobcq_int8", "lobcq")}
+KERNELS = {(name, path): LoBcqKernel(format, Library(LOADED.functions, path))
+           for name, format in CASES.items() for path in AVAILABLE}  # fmt: skip
+W4A4 = [name for name, format in CASES.items() if not format.keeps_activations]
 SHAPES = [(1, 64, 1), (7, 64, 5), (8, 128, 33), (13, 192, 2), (31, 320, 16), (9, 640, 70), (65, 64, 3), (24, 1088, 4)]
 
 
 @pytest.fixture(params=list(KERNELS), ids="-".join)
 def case(request):
-    return FORMATS[request.param[0]], KERNELS[request.param]
+    return CASES[request.param[0]], KERNELS[request.param]
 
 
 def normal(*shape, seed=0):
@@ -44,7 +54,8 @@ def in_order(format, x, rows):
     """What `linear` promises, bit for bit: x [T, I] float32 -> [T, O] float32."""
     blocks = rows["weight"].shape[1] // 4
     books = unpack_bits(rows["weight_selector"], 4, blocks).long()
-    weights = format.codebooks.table[books[:, :, None] * 16 + unpack(rows["weight"]).unflatten(1, (-1, 8)).long()].flatten(1)
+    entries = books[:, :, None] * 16 + unpack(rows["weight"]).unflatten(1, (-1, 8)).long()
+    weights = format.codebooks.weights.table[entries].flatten(1)
     weights, weight_scales = format.grouped(weights), rows["weight_scale"].float()
     row_scales = 1.0 / rows["weight_global_scale"].double().T
     total = torch.zeros(len(x), len(weights))
@@ -63,7 +74,7 @@ def in_order(format, x, rows):
         return (sum(part.double() for part in totals) * row_scales * 2.0**-22).float()
     codewords, scales = format.quantize_activations(x)
     amax = x.abs().amax(dim=1, keepdim=True)
-    token_scale = (torch.full_like(amax, 448.0 * format.layout.largest) / amax).clamp(max=2.0**100)
+    token_scale = (torch.full_like(amax, 448.0 * format.codebooks.activations.layout.largest) / amax).clamp(max=2.0**100)
     for g, codes in enumerate(format.grouped(codewords).unbind(1)):
         scale = (scales[:, g, None] * token_scale).to(torch.float8_e4m3fn).float()  # the E4M3 number again
         total += (codes.double() @ weights[:, g].double().T).float() * (scale * weight_scales[None, :, g])
@@ -96,7 +107,7 @@ def test_results_are_those_of_a_loop_in_the_promised_order_bit_for_bit(case, row
 def hard_tokens(format):
     """Tokens where rounding is close: ties, equal books, extremes of float32, arrays that vanish beside others."""
     wide = normal(6, 256, seed=1) * (3 * normal(6, 256, seed=2)).exp()
-    largest = format.layout.largest
+    largest = format.codebooks.activations.layout.largest
     ties = torch.randint(-2 * largest, 2 * largest + 1, (6, 256), generator=torch.Generator().manual_seed(3)) / 2.0
     ties[:, ::64] = largest  # every array gets the scale for which these are halves of codewords
     steps = torch.tensor([1.0, 2.0**-6, 2.0**-9, 2.0**-10, 2.0**-11, 0.0])[:, None] * normal(6, 64, seed=4)
@@ -108,17 +119,17 @@ def hard_tokens(format):
 @pytest.mark.parametrize("path", AVAILABLE)
 @pytest.mark.parametrize("name", W4A4)
 def test_activations_are_quantized_bit_for_bit_as_the_format_does(name, path, dtype):
-    x = torch.cat([hard_tokens(FORMATS[name]), normal(64, 256, seed=9)]).to(dtype)
+    x = torch.cat([hard_tokens(CASES[name]), normal(64, 256, seed=9)]).to(dtype)
     codes, scales = KERNELS[name, path].quantize_activations(x)
-    expected_codes, expected_scales = FORMATS[name].quantize_activations(x)
+    expected_codes, expected_scales = CASES[name].quantize_activations(x)
     assert torch.equal(codes.float(), expected_codes) and torch.equal(scales, expected_scales)
 
 
 def test_all_sets_of_instructions_give_the_same_bits():
-    for name in ("lobcq", "lobcq_int8", "lobcq_w4a16"):
-        matrix = rows_of(FORMATS[name].encode(normal(21, 256)))
+    for name in CASES:
+        matrix = rows_of(CASES[name].encode(normal(21, 256)))
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.cat([hard_tokens(FORMATS[name]), normal(64, 256, seed=9)]).to(dtype)
+            x = torch.cat([hard_tokens(CASES[name]), normal(64, 256, seed=9)]).to(dtype)
             results = [KERNELS[name, path].linear(x, KERNELS[name, path].pack(matrix), 21, None) for path in AVAILABLE]
             assert all(torch.equal(result, results[0]) for result in results)
 
@@ -126,8 +137,8 @@ def test_all_sets_of_instructions_give_the_same_bits():
 def test_the_largest_sums_do_not_overflow(case):
     """Codewords that are all of the largest magnitude, with either sign."""
     format, kernel = case
-    extreme = [book.index(max(book, key=abs)) + 16 * k for k, book in enumerate(format.codebooks.entries) if max(map(abs, book)) ==
-               format.layout.largest]  # fmt: skip
+    extreme = [book.index(max(book, key=abs)) + 16 * k for k, book in enumerate(format.codebooks.weights.entries)
+               if max(map(abs, book)) == format.layout.largest]  # fmt: skip
     codes = torch.tensor([[entry % 16] * 128 for entry in extreme], dtype=torch.uint8)
     books = torch.tensor([[entry // 16] * 16 for entry in extreme], dtype=torch.uint8)
     matrix = {"weight": codes[:, 0::2] | codes[:, 1::2] << 4, "weight_selector": books[:, 0::2] | books[:, 1::2] << 4,
@@ -173,7 +184,7 @@ def test_any_layout_of_x_and_any_dtype_is_taken(case):
 
 
 def test_only_the_layout_of_the_formats_has_a_kernel():
-    assert all(has_kernel(FORMATS[name]) for name, _ in KERNELS)
+    assert all(map(has_kernel, CASES.values()))
     assert not any(has_kernel(FORMATS[name]) for name in ("int8", "nvfp4", "nf4"))
     others = (Layout(block=4), Layout(array=128), Layout(num_codebooks=8))
     assert not any(has_kernel(LoBcq("other", layout, "")) for layout in others)

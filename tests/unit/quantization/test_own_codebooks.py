@@ -48,7 +48,7 @@ def test_a_format_has_the_layout_and_codebooks_of_the_file(file):
     config = QuantizationConfig(format="lobcq", codebooks=str(file))
     assert config.codebooks == json.loads(file.read_text())
     format = resolved_format("lobcq", codebooks=config.codebooks)
-    assert (format.name, format.layout, format.codebooks) == ("lobcq", OTHER, books())
+    assert (format.name, format.layout, format.sets.universal_set) == ("lobcq", OTHER, books())
     assert resolved_format("lobcq_w4a16", codebooks=config.codebooks).keeps_activations
     assert format.key != FORMATS["lobcq"].key and resolved_format("lobcq") is FORMATS["lobcq"]
     weight = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def test_a_checkpoint_carries_its_own_codebooks_whole(file):
     for encoded in (True, False):
         entry = json.loads(json.dumps(quantization_config("lobcq", encoded=encoded, codebooks=content)))
         assert entry["codebooks"] == books().content and len(json.dumps(entry)) < 2000
-        assert format_of(entry).codebooks == books()
+        assert format_of(entry).sets.universal_set == books()
         entry["codebooks"]["codebooks"][0][0] += 1
         with pytest.raises(ValueError, match=r"quantization\.codebooks holds LO-BCQ codebooks .*, not .* wrong numbers"):
             format_of(entry)
@@ -97,7 +97,7 @@ def test_a_run_keeps_the_content_and_needs_the_file_no_more(file, tmp_path):
     file.unlink()
     again = load_config(tmp_path / "config.yaml").quantization
     assert again == config.quantization
-    assert resolved_format(again.format, codebooks=again.codebooks).codebooks == books()
+    assert resolved_format(again.format, codebooks=again.codebooks).sets.universal_set == books()
     with pytest.raises(ConfigError, match=r"quantization\.codebooks=.*books.json cannot be read \(No such file"):
         compose([*needed, "quantization=lobcq", f"quantization.codebooks={file}"])
 

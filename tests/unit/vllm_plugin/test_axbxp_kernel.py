@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 
 from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import AxBxP, parse
-from qurl.vllm_plugin.axbxp import AxBxPKernel, ExpandedAxBxP, one_precision
+from qurl.vllm_plugin.axbxp import AxBxPKernel, ExpandedAxBxP
 from qurl.vllm_plugin.kernels import LayerShape, select_kernel
 
 SETTINGS = [
@@ -119,6 +119,6 @@ def test_on_a_gpu_what_graphs_were_captured_with_stays():
 def test_parts_of_one_matrix_must_have_one_precision():
     layers = {"m.q_proj": parse("k4-w1-a2"), "m.k_proj": parse("k4-w1-a1")}
     format = AxBxP("axbxp", parse("k2-w4-a4"), layers)
-    assert one_precision(format, ["m.q_proj"]).precision == layers["m.q_proj"]
+    assert format.of_layers(["m.q_proj"]).precision == layers["m.q_proj"]
     with pytest.raises(ValueError, match="m.q_proj k4-w1-a2, m.k_proj k4-w1-a1.* all the same"):
-        one_precision(format, ["m.q_proj", "m.k_proj"])
+        format.of_layers(["m.q_proj", "m.k_proj"])

@@ -87,7 +87,7 @@ def test_a_compiled_layer_is_one_node_and_computes_the_same():
 
 
 def test_other_devices_formats_and_layouts_are_decoded():
-    other = LoBcq("lobcq_array_128", Layout(array=128), FORMATS["lobcq"].codebooks)
+    other = LoBcq("lobcq_array_128", Layout(array=128), FORMATS["lobcq"].sets)
     for format, shape in ((FORMATS["lobcq"], shape_of(8, device="meta")), (FORMATS["nvfp4"], shape_of(8)), (other, shape_of(8))):
         assert isinstance(select_kernel(format, nn.Module(), shape), Decoded)
 

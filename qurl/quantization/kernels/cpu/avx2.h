@@ -2,9 +2,10 @@
 //
 // A byte shuffle looks 16 codes of a book up. A register of 32 codes spans four blocks and two halves: two shuffles, each with a
 // book in either half, and a blend. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
-// (pmaddubsw) serves without splitting signs off: with codewords of activations the 16 products that a 16-bit sum gets stay within
-// 16 * 63 * 31 < 2^15, with digits 4 do, 4 * 63 * 128 < 2^15. 32 times the sum of the activations' codes comes off at the end.
-// Weights of 8 bits trade signs (psignb) and are widened to 32 bits after every two products, since 2 * 128 * 127 < 2^15.
+// (pmaddubsw) serves without splitting signs off: with activations' codewords of 6 bits the 16 products that a 16-bit sum gets stay
+// within 16 * 63 * 31 < 2^15, with their codewords of 8 bits or digits 4 do, 4 * 63 * 128 < 2^15. 32 times the sum of the
+// activations' codes comes off at the end. Weights of 8 bits trade signs (psignb) and are widened to 32 bits after every two
+// products, since 2 * 128 * 127 < 2^15.
 #pragma once
 
 #if defined(__x86_64__)
@@ -151,7 +152,7 @@ struct Tile {
     const __m256i* numbers;  // codewords that were looked up before, 16 registers per array, or null
 };
 
-// Sums of two products of 16 codewords of 6 bits with codewords of 6 bits or digits of 8, or of codewords of 8 bits with either.
+// Weights of 6 bits times codewords of 6 bits, weights of 6 bits times codewords or digits of 8, weights of 8 bits times any.
 enum class Kind { small, digits, wide };
 
 // Arrays first to last of a tile times NUM_TOKENS tokens, added to totals.
@@ -257,7 +258,7 @@ AVX2 void multiply(const Books& books, const Matrix& matrix, const Tokens& token
     const Tile here{matrix.codes(tile, 0), nullptr};
     const uint8_t* pairs = reinterpret_cast<const uint8_t*>(books.pairs);
     if (!books.is_narrow()) multiply_codes<Kind::wide>(pairs, here, tokens, first, last, totals);
-    else if (tokens.planes == 1) multiply_codes<Kind::small>(books.shifted_pairs[0], here, tokens, first, last, totals);
+    else if (tokens.largest == 31) multiply_codes<Kind::small>(books.shifted_pairs[0], here, tokens, first, last, totals);
     else multiply_codes<Kind::digits>(books.shifted_pairs[0], here, tokens, first, last, totals);
     for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
 }

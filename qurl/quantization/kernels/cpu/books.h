@@ -53,6 +53,7 @@ inline float round_e4m3(float value) {
 struct Tokens {
     int64_t count, columns;
     int planes;
+    int largest;       // no code is larger: that of the activations' codebooks, or 128 for digits
     int8_t* codes;     // [count, planes, columns]
     float* scales;     // [count, planes, arrays], times 2^8
     int32_t* offsets;  // [count, planes, arrays], 32 times the sum of an array's codes

@@ -27,7 +27,7 @@ const Path PATHS[] = {
 };
 
 struct Job {
-    const Books& books;
+    const Books &books, &activation_books;
     const Path& path;
     const OpenMp& openmp;
     const Source& source;
@@ -45,9 +45,9 @@ struct Job {
         for (int64_t i; (i = encoded++) < tokens.count * parts;) {
             const int64_t token = i / parts, part = i % parts;
             const float amax = path.load(source, token, tokens.columns, values.get());
-            const float scale = tokens.planes == 1 ? global_scale_of(amax, books) : power_above(amax);
+            const float scale = tokens.planes == 1 ? global_scale_of(amax, activation_books) : power_above(amax);
             if (std::isfinite(scale)) {
-                encode(books, values.get(), scale, arrays * part / parts, arrays * (part + 1) / parts, token, tokens);
+                encode(activation_books, values.get(), scale, arrays * part / parts, arrays * (part + 1) / parts, token, tokens);
             } else {
                 std::fill_n(tokens.codes + token * tokens.planes * tokens.columns, tokens.planes * tokens.columns, 0);
                 std::fill_n(tokens.scales + token * tokens.planes * arrays, tokens.planes * arrays, 0.0f);
@@ -103,9 +103,9 @@ struct Read {
     }
 };
 
-void run(const Books& books, int path, const OpenMp& openmp, const Source& source, Tokens& tokens, const Matrix* matrix,
-         const Target& target) {
-    Job job{books, PATHS[path], openmp, source, tokens, matrix, target, num_threads(openmp)};
+void run(const Books& books, const Books& activation_books, int path, const OpenMp& openmp, const Source& source, Tokens& tokens,
+         const Matrix* matrix, const Target& target) {
+    Job job{books, activation_books, PATHS[path], openmp, source, tokens, matrix, target, num_threads(openmp)};
     fork(openmp, job.threads, Job::work, &job);
 }
 
@@ -146,28 +146,29 @@ void qurl_lobcq_unpack(int64_t rows, int64_t columns, const uint8_t* packed, uin
     for (int64_t tile = 0; tile < matrix.tiles(); ++tile) unpack_tile(matrix, tile, codes, selectors, scales, global_scales);
 }
 
-// codes: int8 [tokens, columns]. scales: float32 [tokens, columns / 64], 2^8 E4M3 numbers. factors: double [tokens].
+// books: of activations. codes: int8 [tokens, columns]. scales: float32 [tokens, columns / 64], 2^8 E4M3 numbers. factors: double [tokens].
 void qurl_lobcq_encode(const Books* books, int path, const OpenMp* openmp, const void* x, int is_bfloat16, int64_t count,
                        int64_t columns, int8_t* codes, float* scales, double* factors) {
     std::unique_ptr<int32_t[]> offsets(new int32_t[count * columns / ARRAY]);
-    Tokens tokens{count, columns, 1, codes, scales, offsets.get(), factors};
-    run(*books, path, *openmp, {x, is_bfloat16 != 0}, tokens, nullptr, {});
+    Tokens tokens{count, columns, 1, books->largest, codes, scales, offsets.get(), factors};
+    run(*books, *books, path, *openmp, {x, is_bfloat16 != 0}, tokens, nullptr, {});
 }
 
 // x: float32 or bfloat16 [count, columns]. bias: null or [rows]. out: [count, rows] in x's dtype.
-void qurl_lobcq_linear(const Books* books, int path, const OpenMp* openmp, int keeps_activations, const void* x, int is_bfloat16,
-                       int64_t count, const uint8_t* packed, int64_t rows, int64_t columns, const void* bias, int is_bias_bfloat16,
-                       void* out) {
+void qurl_lobcq_linear(const Books* books, const Books* activation_books, int path, const OpenMp* openmp, int keeps_activations,
+                       const void* x, int is_bfloat16, int64_t count, const uint8_t* packed, int64_t rows, int64_t columns,
+                       const void* bias, int is_bias_bfloat16, void* out) {
     const Matrix matrix{packed, rows, columns};
-    const int planes = keeps_activations ? DIGITS : 1;
+    const int planes = keeps_activations ? DIGITS : 1, largest = keeps_activations ? 128 : activation_books->largest;
     const int64_t numbers = count * planes * columns, arrays = numbers / ARRAY;
     const int64_t bytes = numbers + arrays * 8 + count * 8 + 4 * 64;
     std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
     if (!memory) throw std::bad_alloc();
     char* place = static_cast<char*>(memory.get());
-    Tokens tokens{count, columns, planes, take<int8_t>(place, numbers), take<float>(place, arrays), take<int32_t>(place, arrays),
-                  take<double>(place, count)};
-    run(*books, path, *openmp, {x, is_bfloat16 != 0}, tokens, &matrix, {out, is_bfloat16 != 0, bias, is_bias_bfloat16 != 0});
+    Tokens tokens{count, columns, planes, largest, take<int8_t>(place, numbers), take<float>(place, arrays),
+                  take<int32_t>(place, arrays), take<double>(place, count)};
+    run(*books, *activation_books, path, *openmp, {x, is_bfloat16 != 0}, tokens, &matrix,
+        {out, is_bfloat16 != 0, bias, is_bias_bfloat16 != 0});
 }
 
 }

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.kernels.cpu.library import Library, load
-from qurl.quantization.lobcq import Layout, LoBcq
+from qurl.quantization.lobcq import Codebooks, Layout, LoBcq
 
 _LAYOUTS = (Layout(), Layout(codeword_bits=8))
 _DTYPES = (torch.bfloat16, torch.float32)
@@ -42,9 +42,9 @@ class LoBcqKernel:
         self._library = _typed(library)  # which owns what `_how` points to
         self._functions = library.functions
         self._keeps_activations = format.keeps_activations
-        entries = torch.tensor(format.codebooks.entries, dtype=torch.int8)
-        books = self._functions.qurl_lobcq_books(entries.data_ptr(), format.layout.largest)
-        self._how = (books, library.path_number, library.openmp)  # first arguments of what computes
+        self._weight_books = self._books(format.codebooks.weights)
+        self._activation_books = self._books(format.codebooks.activations)
+        self._how = (library.path_number, library.openmp)  # arguments of what computes
 
     def pack(self, wire: Mapping[str, Tensor]) -> Tensor:
         """uint8 [bytes] from wire tensors with one row per output feature, the global scale too: its matrices may be several."""
@@ -77,8 +77,8 @@ class LoBcqKernel:
         factors = torch.empty((x.shape[0], 1), dtype=torch.float64)
         if len(x):
             self._functions.qurl_lobcq_encode(
-                *self._how, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, codes.data_ptr(), scales.data_ptr(),
-                factors.data_ptr(),
+                self._activation_books, *self._how, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, codes.data_ptr(),
+                scales.data_ptr(), factors.data_ptr(),
             )  # fmt: skip
         return codes, (scales / 256.0) / factors.reciprocal().float()
 
@@ -92,11 +92,15 @@ class LoBcqKernel:
         out = x.new_empty((x.shape[0], rows))
         if out.numel():
             self._functions.qurl_lobcq_linear(
-                *self._how, self._keeps_activations, x.data_ptr(), x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows,
-                x.shape[1], None if bias is None else bias.data_ptr(), bias is not None and bias.dtype == torch.bfloat16,
-                out.data_ptr(),
+                self._weight_books, self._activation_books, *self._how, self._keeps_activations, x.data_ptr(),
+                x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows, x.shape[1],
+                None if bias is None else bias.data_ptr(), bias is not None and bias.dtype == torch.bfloat16, out.data_ptr(),
             )  # fmt: skip
         return out
+
+    def _books(self, codebooks: Codebooks) -> int:
+        entries = torch.tensor(codebooks.entries, dtype=torch.int8)
+        return self._functions.qurl_lobcq_books(entries.data_ptr(), codebooks.layout.largest)
 
 
 @cache
@@ -108,15 +112,16 @@ def kernel_of(format: LoBcq) -> LoBcqKernel:
 def _typed(library: Library) -> Library:
     """Tell ctypes what the functions take."""
     functions = library.functions
-    path_and_threads: list[Any] = [c_void_p, c_int, c_void_p]
+    path_and_threads: list[Any] = [c_int, c_void_p]
     functions.qurl_lobcq_books.argtypes = [c_void_p, c_int]
     functions.qurl_lobcq_books.restype = c_void_p
     functions.qurl_lobcq_bytes.argtypes = [c_int64, c_int64]
     functions.qurl_lobcq_bytes.restype = c_int64
     functions.qurl_lobcq_pack.argtypes = functions.qurl_lobcq_unpack.argtypes = [c_int64, c_int64, *[c_void_p] * 5]
-    functions.qurl_lobcq_encode.argtypes = [*path_and_threads, c_void_p, c_int, c_int64, c_int64, *[c_void_p] * 3]
+    functions.qurl_lobcq_encode.argtypes = [c_void_p, *path_and_threads, c_void_p, c_int, c_int64, c_int64, *[c_void_p] * 3]
     functions.qurl_lobcq_linear.argtypes = [
-        *path_and_threads, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int, c_void_p,
+        c_void_p, c_void_p, *path_and_threads, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int,
+        c_void_p,
     ]  # fmt: skip
     for name in ("pack", "unpack", "encode", "linear"):
         getattr(functions, f"qurl_lobcq_{name}").restype = None
