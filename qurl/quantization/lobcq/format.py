@@ -74,7 +74,8 @@ class LoBcq(GroupedFormat):
 
     def of_layers(self, names: Sequence[str]) -> LoBcq:
         """The same object for all that have the same codebooks. Raises ValueError where these have not, or one has none."""
-        return _with_codebooks(self, self.sets.of_layers(names)) if len(self.sets.layers) > 1 else self
+        codebooks = self.sets.of_layers(names)
+        return _with_codebooks(self, codebooks) if len(self.sets.layers) > 1 else self
 
     def check_layers(self, layers: Collection[str]) -> None:
         """Raises ValueError where codebooks are for layers that the model has not, and where some layers have none or, together,

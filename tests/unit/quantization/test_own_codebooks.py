@@ -1,4 +1,4 @@
-"""`quantization.codebooks`: a format with a file's codebooks and layout, and what is refused."""
+"""`quantization.codebooks`: a format with a file's codebooks and layouts, universal or not, and what is refused."""
 
 import json
 
@@ -10,8 +10,9 @@ from qurl.config import QuantizationConfig
 from qurl.config.compose import compose, load_config
 from qurl.config.plain import resolved
 from qurl.errors import ConfigError
-from qurl.quantization import FORMATS, resolved_format
-from qurl.quantization.lobcq import Codebooks, Layout, load_codebooks
+from qurl.quantization import FORMATS, error_report, resolved_format
+from qurl.quantization.lobcq import Codebooks, CodebookSets, LayerCodebooks, Layout, load_codebooks
+from qurl.quantization.lobcq.codebook_sets import save_codebook_sets
 from qurl.quantization.lobcq.codebooks import save_codebooks
 from qurl.vllm_plugin import format_of, quantization_config
 
@@ -106,3 +107,100 @@ def test_a_file_that_states_another_hash_is_refused(file):
     file.write_text(file.read_text().replace(books().sha256, books(step=1).sha256))
     with pytest.raises(ValueError, match="wrong numbers"):
         load_codebooks(file)
+
+
+LAYERS = [f"model.layers.{i}.{name}_proj" for i in (0, 1) for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.down")]
+ATTENTION = r"re:model\.layers\.0\.self_attn\."
+
+
+def sets(**changed):
+    """Other codebooks for either operand of each of three groups of layers."""
+    patterns = {ATTENTION: 0, "1.mlp.down_proj": 2, "re:.*": 4} | changed
+    return CodebookSets(tuple(
+        (pattern, LayerCodebooks(weights=books(step=step), activations=books(step=step + 1))) for pattern, step in patterns.items()
+    ))  # fmt: skip
+
+
+def test_each_layer_and_operand_has_the_codebooks_of_the_first_pattern_that_matches(tmp_path):
+    save_codebook_sets(sets(), tmp_path / "books.json", "by hand")
+    config = QuantizationConfig(format="lobcq", codebooks=str(tmp_path / "books.json"))
+    format = resolved_format("lobcq", codebooks=config.codebooks, layers=LAYERS)
+    assert format.sets == sets() and format.layout == OTHER
+    weight, x = (torch.randn(3, 96, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for name in LAYERS:
+        step = 0 if "0.self_attn" in name else 2 if name == "model.layers.1.mlp.down_proj" else 4
+        layer = format.of_layer(name)
+        wire = layer.encode(weight)
+        torch.testing.assert_close(layer.decode(wire).double(), decoded_slowly(wire, books(step=step)), rtol=1e-6, atol=0.0)
+        codewords = layer.quantize_activations(x)[0]
+        alone = resolved_format("lobcq", codebooks=books(step=step + 1).content)
+        assert torch.equal(codewords, alone.quantize_activations(x)[0])
+        alone = resolved_format("lobcq", codebooks=books(step=step).content).encode(weight)
+        assert all(torch.equal(wire[suffix], alone[suffix]) for suffix in alone)
+    q, k, other = (format.of_layer(f"model.layers.{name}_proj") for name in ("0.self_attn.q", "0.self_attn.k", "1.self_attn.q"))
+    assert q is k is format.of_layers(LAYERS[:3]) and len({q.key, other.key, format.key}) == 3
+    with pytest.raises(AssertionError, match="of_layer chooses the codebooks"):
+        format.encode(weight)
+    state = {f"{name}.weight": weight for name in LAYERS}
+    worst = {row.name: row.relative_error for row in error_report(state, format, LAYERS).matrices}
+    assert len(set(worst.values())) == 3 and worst[LAYERS[0]] == worst[LAYERS[2]] != worst[LAYERS[4]]
+
+
+def test_a_set_counts_its_bits_over_the_weights_that_use_it():
+    format = resolved_format("lobcq", codebooks=sets().content, layers=LAYERS)
+    assert format.shared_bits(LAYERS) == 3 * 8 * 16 * 6 and format.shared_bits(LAYERS[:3]) == 8 * 16 * 6
+    assert resolved_format("lobcq", codebooks=books().content).shared_bits(LAYERS) == 8 * 16 * 6
+    assert FORMATS["lobcq"].shared_bits(LAYERS) == 0  # one for all models
+    row, wire = format.wire_row(64), format.of_layer(LAYERS[3]).encode(torch.randn(1, 64))
+    assert {name: (part.shape, part.dtype) for name, part in row.items()} == {
+        name: (part.shape, part.dtype) for name, part in wire.items()
+    }
+
+
+def test_sets_travel_with_a_checkpoint_and_a_run(tmp_path):
+    content = json.loads(json.dumps(sets().content))
+    for encoded in (True, False):
+        entry = json.loads(json.dumps(quantization_config("lobcq", encoded=encoded, codebooks=content), sort_keys=True))
+        assert entry["codebooks"] == sets().content and format_of(entry).sets == sets()
+        entry["codebooks"]["layers"].reverse()  # another layer would have the last pattern's
+        with pytest.raises(ValueError, match=r"quantization\.codebooks holds LO-BCQ codebooks .*, not .* wrong numbers"):
+            format_of(entry)
+    save_codebook_sets(sets(), tmp_path / "books.json", "by hand")
+    needed = ["model.path=nowhere", "data.train.path=nowhere.jsonl", "run_name=own"]
+    config = compose([*needed, "quantization=lobcq", f"quantization.codebooks={tmp_path / 'books.json'}"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
+    again = load_config(tmp_path / "config.yaml").quantization
+    assert resolved_format(again.format, codebooks=again.codebooks).sets == sets()
+
+
+def test_a_universal_set_keeps_its_file_and_its_hash(file):
+    universal = CodebookSets.universal(books())
+    before = file.read_bytes()
+    save_codebook_sets(universal, file, "by hand")
+    assert file.read_bytes() == before and universal.sha256 == books().sha256
+    assert resolved_format("lobcq", codebooks=json.loads(before)).of_layer("any").sets == universal
+
+
+def test_sets_that_do_not_fit_a_model_are_refused():
+    def refused(told, content, layers=LAYERS):
+        with pytest.raises(ValueError, match=told):
+            resolved_format("lobcq", codebooks=content, layers=layers)
+
+    deeper = sets(**{"2.mlp.down_proj": 6}).content
+    refused("has codebooks for '2.mlp.down_proj', which matches none of the 8 quantized layers", deeper)
+    only = CodebookSets(sets().layers[:2])
+    refused("has no codebooks for model.layers.0.mlp.down_proj; calibrate them on this model with `qurl calibrate`", only.content)
+    split = CodebookSets((("0.self_attn.k_proj", sets().layers[1][1]), *sets().layers))
+    refused("different codebooks for .*q_proj, .*k_proj, .*v_proj, which an engine runs as one matrix", split.content)
+    refused(r"'re:\(' is no valid regular expression", CodebookSets((("re:(", sets().layers[0][1]),)).content)
+    content = sets().content
+    refused("has version 3 of LO-BCQ's codebooks, and this qurl reads 2", {**content, "version": 3})
+    refused("holds no LO-BCQ codebooks: KeyError: 'layouts'", {"version": 2})
+    layouts = {"weights": {}, "activations": {"block": 2}}
+    for damaged in ({"layers": []}, {"layers": [{}]}, {"layouts": layouts}, {"layers": "text"}):
+        refused("holds no LO-BCQ codebooks", content | damaged)
+    other = Layout(block=4, array=64, num_codebooks=8)
+    with pytest.raises(ValueError, match="only codeword_bits may differ"):
+        LayerCodebooks(weights=books(), activations=books(other))
+    with pytest.raises(ValueError, match="have different layouts"):
+        CodebookSets((("q_proj", sets().layers[0][1]), ("re:.*", LayerCodebooks(weights=books(other), activations=books(other)))))
