@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,7 @@ def load_config(path: Path) -> TrainConfig:
     return compose([f"recipe='{path}'"])
 
 
+@functools.cache
 def _store_schema() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=TrainConfig)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked import Forked
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -36,15 +37,14 @@ class CommandLine:
     folder: Path
     mark: str
 
-    def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "QURL_TEST_MARK": self.mark, **env}
-        return subprocess.Popen([sys.executable, "-m", "qurl.cli.main", *args], cwd=self.folder, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    def start(self, *args: str, **env: str) -> Forked:
+        output = self.folder / f"output-{next(_numbers)}.txt"
+        return Forked(args, self.folder, {**os.environ, "QURL_TEST_MARK": self.mark, **env}, output)
 
     def run(self, *args: str, **env: str) -> tuple[int, str]:
         process = self.start(*args, **env)
         output, _ = process.communicate(timeout=300)
-        return process.returncode, output
+        return process.wait(), output
 
     def train(self, name: str, *overrides: str, command: str = "train") -> tuple[str, ...]:
         """Arguments of a run of a few seconds whose rewards vary."""
@@ -83,7 +83,7 @@ class CommandLine:
         return found
 
 
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(holds: Callable[[], bool], process: Forked) -> None:
     """Look again and again, as long as the process lives."""
     deadline = time.monotonic() + 200
     while not holds():
