@@ -1,8 +1,13 @@
 """Compiled LO-BCQ loops against the format, and against a loop that takes sums in the order they promise."""
 
+import ctypes
+import hashlib
 import math
 import os
+import shlex
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +24,21 @@ try:
 except KernelsUnavailable as error:
     pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
 
+
+def emulated():
+    """The library with functions in place of AVX-512's instructions, so that its loops run on any x86 processor with AVX2."""
+    header = Path(__file__).with_name("emulated_avx512.h")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, library.COMPILERS))
+    version = hashlib.sha256(header.read_bytes()).hexdigest()[:8]  # so that the cache has no other one's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", f"{compiler} -include {shlex.quote(str(header))} -DVERSION=0x{version}")
+        return ctypes.CDLL(str(library._compiled()))
+
+
 AVAILABLE = PATHS[: LOADED.functions.qurl_num_paths()]
+LIBRARIES = {path: Library(LOADED.functions, path) for path in AVAILABLE}
+if "avx2" in LIBRARIES:  # other processors have no use for the loops
+    LIBRARIES["emulated_avx512"] = Library(emulated(), "avx512")
 
 
 def of_operands(weights, activations):
@@ -30,8 +49,7 @@ def of_operands(weights, activations):
 
 CASES = {name: FORMATS[name] for name in ("lobcq", "lobcq_int8", "lobcq_w4a16")}
 CASES |= {"w6a8": of_operands("lobcq", "lobcq_int8"), "w8a6": of_operands("lobcq_int8", "lobcq")}
-KERNELS = {(name, path): LoBcqKernel(format, Library(LOADED.functions, path))
-           for name, format in CASES.items() for path in AVAILABLE}  # fmt: skip
+KERNELS = {(name, path): LoBcqKernel(format, held) for name, format in CASES.items() for path, held in LIBRARIES.items()}
 W4A4 = [name for name, format in CASES.items() if not format.keeps_activations]
 SHAPES = [(1, 64, 1), (7, 64, 5), (8, 128, 33), (13, 192, 2), (31, 320, 16), (9, 640, 70), (65, 64, 3), (24, 1088, 4)]
 
@@ -116,7 +134,7 @@ def hard_tokens(format):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("path", AVAILABLE)
+@pytest.mark.parametrize("path", LIBRARIES)
 @pytest.mark.parametrize("name", W4A4)
 def test_activations_are_quantized_bit_for_bit_as_the_format_does(name, path, dtype):
     x = torch.cat([hard_tokens(CASES[name]), normal(64, 256, seed=9)]).to(dtype)
@@ -130,7 +148,7 @@ def test_all_sets_of_instructions_give_the_same_bits():
         matrix = rows_of(CASES[name].encode(normal(21, 256)))
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.cat([hard_tokens(CASES[name]), normal(64, 256, seed=9)]).to(dtype)
-            results = [KERNELS[name, path].linear(x, KERNELS[name, path].pack(matrix), 21, None) for path in AVAILABLE]
+            results = [KERNELS[name, path].linear(x, KERNELS[name, path].pack(matrix), 21, None) for path in LIBRARIES]
             assert all(torch.equal(result, results[0]) for result in results)
 
 

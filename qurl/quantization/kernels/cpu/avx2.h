@@ -22,6 +22,8 @@ namespace avx2 {
 constexpr int AHEAD = 8 * ARRAY_BYTES;  // bytes between what is read and what is asked for
 constexpr int CHUNK = 8;  // arrays of a tile that are looked up before many tokens are multiplied with them
 
+inline bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+
 AVX2 float load(const Source& source, int64_t token, int64_t columns, float* values) {
     return load_token(source, token, columns, values);
 }

@@ -10,6 +10,7 @@
 struct alignas(64) Books {
     int8_t pairs[ENTRIES * ENTRIES][2 * ENTRIES];         // book i, then book k, at i + 16 k
     uint8_t shifted_pairs[ENTRIES * ENTRIES][2 * ENTRIES]; // the same + 32, where codewords have 6 bits
+    uint8_t shifted[ENTRIES][ENTRIES];                     // by book: entries + 32, of 8 bits + 128, so that none is negative
     float nearest[4 * 127 + 1][ENTRIES];                   // by half step from -largest on and book: the nearest entry
     int8_t nearest_codeword[4 * 127 + 1][ENTRIES];         // the same numbers
     float e4m3[256];                                       // 2^-8 of what a byte stands for
@@ -25,6 +26,8 @@ struct alignas(64) Books {
             }
         for (int i = 0; i < ENTRIES * ENTRIES; ++i)
             for (int j = 0; j < 2 * ENTRIES; ++j) shifted_pairs[i][j] = static_cast<uint8_t>(pairs[i][j] + 32);
+        for (int i = 0; i < ENTRIES * ENTRIES; ++i)
+            shifted[i / ENTRIES][i % ENTRIES] = static_cast<uint8_t>(entries[i] + (is_narrow() ? 32 : 128));
         for (int step = 0; step <= 4 * largest; ++step)
             for (int book = 0; book < ENTRIES; ++book) {
                 const int8_t* entry = entries + ENTRIES * book;

@@ -2,7 +2,7 @@
 
 It is compiled from the sources beside this file by the system's compiler, in seconds because no header of torch or Python is read,
 and kept in the user's cache under a name that says what it was compiled from. Which instructions are used is decided when it runs:
-a cache that several machines share serves them all. QURL_CPU_KERNELS=portable, avx2 or off overrides the choice, for tests."""
+a cache that several machines share serves them all. QURL_CPU_KERNELS=portable, avx2, avx512 or off overrides the choice, for tests."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = (
-    "lobcq.cpp", "avx2.h", "portable.h", "books.h", "tiles.h",
+    "lobcq.cpp", "avx2.h", "avx512.h", "portable.h", "books.h", "tiles.h",
     "lookup.cpp", "tensors.h", "threads.h",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-fno-tree-reassoc", "-ffp-contract=off", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
-PATHS = ("portable", "avx2")
+PATHS = ("portable", "avx2", "avx512")
 """Sets of instructions, as the library numbers them."""
 
 _BUILD_TIMEOUT_S = 300

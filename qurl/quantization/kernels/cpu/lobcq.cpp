@@ -8,6 +8,7 @@
 #include <new>
 
 #include "avx2.h"
+#include "avx512.h"
 #include "portable.h"
 #include "threads.h"
 
@@ -23,6 +24,7 @@ const Path PATHS[] = {
     {portable::load, portable::encode, portable::encode_digits, portable::multiply},
 #if defined(__x86_64__)
     {avx2::load, avx2::encode, avx2::encode_digits, avx2::multiply},
+    {avx2::load, avx512::encode, avx2::encode_digits, avx512::multiply},
 #endif
 };
 
@@ -113,10 +115,10 @@ void run(const Books& books, const Books& activation_books, int path, const Open
 
 extern "C" {
 
-// How many of the paths this CPU runs: portable, AVX2.
+// How many of the paths this CPU runs: portable, AVX2, AVX-512.
 int qurl_num_paths() {
 #if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") ? 2 : 1;
+    return !avx2::is_supported() ? 1 : !avx512::is_supported() ? 2 : 3;
 #else
     return 1;
 #endif

@@ -203,6 +203,7 @@ constexpr decltype(&portable::look_up) PATHS[] = {
     portable::look_up,
 #if defined(__x86_64__)
     avx2::look_up,
+    avx2::look_up,  // with AVX-512 too
 #endif
 };
 
