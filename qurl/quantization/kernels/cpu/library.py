@@ -2,7 +2,7 @@
 
 It is compiled from the sources beside this file by the system's compiler, in seconds because no header of torch or Python is read,
 and kept in the user's cache under a name that says what it was compiled from. Which instructions are used is decided when it runs:
-a cache that several machines share serves them all. QURL_CPU_KERNELS=portable, avx2, avx512 or off overrides the choice, for tests."""
+a cache that several machines share serves them all. QURL_CPU_KERNELS, one of PATHS or off, overrides the choice, for tests."""
 
 from __future__ import annotations
 
