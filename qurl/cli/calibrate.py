@@ -43,32 +43,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a model or text that cannot be read, or a layout that does not fit."""
     from qurl.cli.text_options import check_text_options
-    from qurl.ptq.calibration import model_blocks
-    from qurl.ptq.evaluation import Text
+    from qurl.locks import only_writer
     from qurl.quantization.lobcq import Layout
-    from qurl.quantization.lobcq.calibration import calibrate
-    from qurl.quantization.lobcq.codebooks import save_codebooks
 
     layout = Layout(**{name: value for name in LAYOUT if (value := getattr(args, name)) is not None})
     check_text_options(args)
-    if args.out.exists():
-        raise ConfigError(f"{args.out} exists; name a new file")
     if not (args.model / "config.json").is_file():
         raise ConfigError(f"{args.model} is no Hugging Face folder; of a run, make one with `qurl export`")
     if (args.operands == "weights") != (args.text is None):
         told = "needs --text, which makes the activations; or use --operands weights" if args.text is None else "reads no --text"
         raise ConfigError(f"--operands {args.operands} {told}")
+    with only_writer(args.out):
+        if args.out.exists():
+            raise ConfigError(f"{args.out} exists; name a new file")
+        _calibrate(args, layout)
+    print(args.out)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace, layout: Layout) -> None:
+    from qurl.ptq.calibration import model_blocks
+    from qurl.ptq.evaluation import Text
+    from qurl.quantization.lobcq.calibration import calibrate
+    from qurl.quantization.lobcq.codebooks import save_codebooks
+
     text = Text(args.model, args.text, args.max_documents, args.context) if args.text else None
     weights = args.operands != "activations"
     blocks = model_blocks(args.model, text, layout, weights=weights, ignore=args.ignore, seed=args.seed)
     found = calibrate(blocks, layout, args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     save_codebooks(found.codebooks, args.out, _command(args, layout))
     energy = float(blocks.double().square().sum(dim=1).mean())
     print(f"{len(blocks)} blocks, {len(found.objective) - 1} rounds; squared error over squared numbers "
           f"{found.objective[0] / energy:.6f} at first, {found.rounded_objective / energy:.6f} with the codebooks")  # fmt: skip
-    print(args.out)
-    return 0
 
 
 def _command(args: argparse.Namespace, layout: Layout) -> str:

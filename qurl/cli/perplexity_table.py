@@ -36,14 +36,15 @@ def main(args: argparse.Namespace) -> int:
 
     from qurl.bench.perplexity import Operands, run_perplexity_bench
     from qurl.cli.text_options import check_text_options
+    from qurl.locks import only_writer
     from qurl.ptq.evaluation import Text
 
     check_text_options(args)
     if not (args.model / "config.json").is_file():
         raise ConfigError(f"{args.model} is no Hugging Face folder; of a run, make one with `qurl export`")
-    text = Text(args.model, args.text, args.max_documents, args.context)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with only_writer(args.out), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        text = Text(args.model, args.text, args.max_documents, args.context)
         tasks: dict[str, Any] = {}
 
         def show(format: str, done: int, total: int) -> None:

@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from qurl.cli.text_options import check_text_options
     from qurl.config.codebooks_file import resolved_codebooks
     from qurl.config.precision_file import resolved_precision
+    from qurl.locks import only_writer
     from qurl.ptq import QuantizeSettings, quantize_folder
     from qurl.ptq.evaluation import Text
     from qurl.quantization import FORMATS, resolved_format
@@ -60,13 +61,10 @@ def main(args: argparse.Namespace) -> int:
     check_text_options(args)
     codebooks = resolved_codebooks(args.codebooks, "--codebooks")
     precision = resolved_precision(args.precision, "--precision")
-    try:
+    with _in_options(args):
         resolved_format(args.format, codebooks=codebooks, precision=precision)
-    except ValueError as error:
-        words = {"quantization.codebooks": f"--codebooks {args.codebooks}", "quantization.precision": "--precision"}
-        raise ConfigError(_in_words(str(error), words | {"quantization=": "--format "})) from error
     settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore), codebooks=codebooks, precision=precision)
-    with _source(args.source, args.out) as source:
+    with only_writer(args.out), _in_options(args), _source(args.source, args.out) as source:
         text = Text(source, args.text, args.max_documents, args.context) if args.text else None
         with _bar("tensors") as (bar, task):
             report = quantize_folder(source, args.out, settings, lambda done, total: bar.update(task, completed=done, total=total))
@@ -77,11 +75,17 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _in_words(message: str, words: dict[str, str]) -> str:
-    """Keys of the configuration as options of this command."""
-    for key, option in words.items():
-        message = message.replace(key, option)
-    return message
+@contextmanager
+def _in_options(args: argparse.Namespace) -> Iterator[None]:
+    """A ValueError from inside leaves with options of this command in the place of keys of the configuration."""
+    words = {"quantization.codebooks": f"--codebooks {args.codebooks}", "quantization.precision": "--precision"}
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for key, option in (words | {"quantization=": "--format "}).items():
+            message = message.replace(key, option)
+        raise ConfigError(message) from error
 
 
 @contextmanager

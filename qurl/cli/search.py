@@ -11,11 +11,12 @@ from qurl.errors import ConfigError
 if TYPE_CHECKING:
     from qurl.ptq.precision_search import SearchReport
 
-MAX_LOSS, NUM_CALIBRATION = 0.01, 16
+MAX_LOSS, NUM_CALIBRATION, NUM_CONFIRMATION = 0.01, 16, 16
 WIDTH = 160
 
-EPILOG = """The search runs on the first documents of the text, the table on the others. Other commands take OUT/precision.yaml as
-it is. The same command goes on where an earlier one was killed; with more --max-documents the table grows more exact.
+EPILOG = """The search runs on the first documents of the text; the next decide how many of its steps stand; the others make the
+table, and have no say. Other commands take OUT/precision.yaml as it is. The same command goes on where an earlier one was killed;
+with more --max-documents the table grows more exact.
 
 Examples:
   qurl search models/qwen found --text held_out.jsonl --max-documents 100
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"relative increase in perplexity that is accepted; default {MAX_LOSS:g}")  # fmt: skip
     add("--num-calibration", type=int, default=NUM_CALIBRATION, metavar="N",
         help=f"documents for the search; default {NUM_CALIBRATION}")  # fmt: skip
+    add("--num-confirmation", type=int, default=NUM_CONFIRMATION, metavar="N",
+        help=f"documents for its confirmation; default {NUM_CONFIRMATION}")  # fmt: skip
     add("--candidates", nargs="+", metavar="SETTING", help="of the whole network; default: ten from k2-w4-a4 to k1-w3g16-a3g1")
     add("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
     parser.epilog = EPILOG
@@ -47,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from qurl.cli.text_options import check_text_options
+    from qurl.locks import only_writer
     from qurl.ptq.evaluation import Text
     from qurl.ptq.precision_search import CANDIDATES, PRECISION, SearchSettings, search_precision
     from qurl.quantization.axbxp import parse
@@ -56,26 +60,29 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--max-loss {args.max_loss:g} is met by full precision alone; use a number above 0, e.g. {MAX_LOSS:g}")
     if args.num_calibration < 1:
         raise ConfigError(f"--num-calibration {args.num_calibration} leaves no document to search with; use at least 1")
+    if args.num_confirmation < 2:
+        raise ConfigError(f"--num-confirmation {args.num_confirmation} is too few for a standard error; use at least 2")
     candidates = tuple(str(_parsed(candidate, parse)) for candidate in args.candidates or CANDIDATES)
     if not (args.model / "config.json").is_file():
         raise ConfigError(f"{args.model} is no Hugging Face folder; of a run, make one with `qurl export`")
     settings = SearchSettings(
-        max_loss=args.max_loss, num_calibration=args.num_calibration, candidates=tuple(dict.fromkeys(candidates)),
-        ignore=tuple(args.ignore),
+        max_loss=args.max_loss, num_calibration=args.num_calibration, num_confirmation=args.num_confirmation,
+        candidates=tuple(dict.fromkeys(candidates)), ignore=tuple(args.ignore),
     )  # fmt: skip
-    text = Text(args.model, args.text, args.max_documents, args.context)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with only_writer(args.out), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        text = Text(args.model, args.text, args.max_documents, args.context)
         task = bar.add_task("precisions, calibration", total=None)
         report = search_precision(
             args.model, text, args.out, settings,
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )  # fmt: skip
-    num_held_out = len(text.documents) - args.num_calibration
-    print(f"searched on {args.num_calibration} documents, {report.num_measured} precisions; below, {num_held_out} others")
+    num_test = len(text.documents) - args.num_calibration - args.num_confirmation
+    print(f"searched on {args.num_calibration} documents, {report.num_measured} precisions; confirmed on {args.num_confirmation}; "
+          f"below, {num_test} others")  # fmt: skip
     _print(report)
     print(f"{args.out / PRECISION}: {report.network}, then {report.num_steps} steps; {report.num_refused_steps} more met the bound "
-          "in the search and not on the other documents")  # fmt: skip
+          "in the search and not in the confirmation")  # fmt: skip
     return 0
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qurl.config.codebooks_file import resolved_codebooks
+from qurl.config.precision_file import resolved_precision
 from qurl.config.validate import MAX_SEED
 from qurl.errors import ConfigError
 from qurl.evaluation.benchmarks import BENCHMARKS, PROMPTS
@@ -20,7 +21,7 @@ class EvalConfig:
     data: dict[str, str] = field(default_factory=dict)  # benchmark -> local file
     format: str = "none"  # key of qurl.quantization.FORMATS; the checkpoint is encoded as it loads
     ignore: list[str] = field(default_factory=list)  # as quantization.ignore
-    precision: str | None = None  # as quantization.precision, one setting for the model
+    precision: Any = None  # as quantization.precision
     codebooks: Any = None  # as quantization.codebooks
     samples: int = 1  # per problem
     k: list[int] = field(default_factory=list)  # of pass@k; empty: the number of samples
@@ -33,7 +34,7 @@ class EvalConfig:
     prompt: str | None = None  # key of PROMPTS or a template with {problem}; default: each benchmark's own
     reward: str | None = None  # as reward.function; default: each benchmark's own
     chat_template: bool | None = None  # default: where the tokenizer has one
-    out: str | None = None  # folder of the evaluation; default: evals/<model>-<format>[-<precision>][-<hash of codebooks>]
+    out: str | None = None  # folder of the evaluation; default: see qurl.evaluation.evaluate.output_folder
     engines: int = 1
     tensor_parallel_size: int = 1
     engine_args: dict[str, Any] = field(default_factory=dict)  # handed to vLLM under vLLM's names
@@ -41,6 +42,7 @@ class EvalConfig:
     reward_workers: int = 1
 
     def __post_init__(self) -> None:
+        self.precision = resolved_precision(self.precision, "--precision")
         self.codebooks = resolved_codebooks(self.codebooks, "--codebooks")
 
 

@@ -7,6 +7,8 @@ the batch."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -96,8 +98,11 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
 
 
 def output_folder(config: EvalConfig) -> Path:
-    """--out, or evals/<model>-<format>, then -<precision> or the start of the codebooks' hash, where given."""
-    words = [Path(config.model).name, config.format, *([config.precision] if config.precision else [])]
+    """--out, or evals/<model>-<format>, then -<precision> or the start of the hash of what a file says, where given."""
+    words = [Path(config.model).name, config.format]
+    if config.precision:
+        by_layer = hashlib.sha256(json.dumps(config.precision).encode()).hexdigest()[:12]
+        words.append(config.precision if isinstance(config.precision, str) else by_layer)
     words += [config.codebooks["sha256"][:12]] if config.codebooks else []
     return Path(config.out or f"evals/{'-'.join(words)}").expanduser()
 

@@ -10,17 +10,18 @@ seeds."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from qurl.errors import ConfigError
 from qurl.evaluation.record import ProblemRecord
+from qurl.locks import only_process
 
 CONFIG, PROBLEMS, RESULTS = "config.json", "problems.jsonl", "results.json"
 
@@ -35,29 +36,24 @@ class Journal:
         self.folder = folder
         self.done: dict[tuple[str, str], ProblemRecord] = {}
         self._config = dict(config)
-        self._lock: TextIO | None = None
         self._file: BinaryIO | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> Journal:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise ConfigError(f"--out {self.folder} cannot be written ({error.strerror})") from error
-        try:
-            self._take_lock()
+        refusal = f"--out {self.folder}: another process evaluates there; use another folder"
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(only_process(self.folder / ".lock", refusal))
+            except OSError as error:
+                raise ConfigError(f"--out {self.folder} cannot be written ({error.strerror})") from error
             self._check_config()
-            self._file = (self.folder / PROBLEMS).open("ab+")
+            self._file = stack.enter_context((self.folder / PROBLEMS).open("ab+"))
             self._read()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        for file in (self._file, self._lock):
-            if file is not None:
-                file.close()
+        self._held.close()
 
     def append(self, record: ProblemRecord) -> None:
         """Put a finished problem on disk."""
@@ -73,13 +69,6 @@ class Journal:
         partial.write_text(json.dumps(results, indent=1) + "\n")
         partial.replace(path)
         return path
-
-    def _take_lock(self) -> None:
-        assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"--out {self.folder}: another process evaluates there; use another folder") from error
 
     def _check_config(self) -> None:
         """Write the configuration, or refuse one that differs from the one on disk."""

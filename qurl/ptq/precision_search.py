@@ -2,14 +2,14 @@
 
     calibration documents   the search. What must not grow is the divergence from full precision: on text that the model itself
                             would write, the logarithm of the factor that perplexity grows by, without the noise of losses
-    held-out documents      the confirmation, by perplexity: all of the search's steps, or as many of the first as keep within the
-                            bound, halved until they do; and a table of all candidates
+    confirmation documents  how many of the search's steps stand: as many of the first as keep perplexity within the bound
+    test documents          a table of all candidates and of what was found; they have no say in it
 
 Matrices that an engine runs as one have one setting. All that is measured is kept in a folder, so that a killed search goes on:
 
     settings.json           what was asked for
     search.jsonl            divergence on the calibration documents, by precision
-    held_out/               losses of held-out documents, one file for each row of the table
+    confirmation/, test/    losses of these documents, a file for each precision
     search.json             the rows, the settings, the steps
     precision.yaml          pattern -> setting; written last"""
 
@@ -30,7 +30,7 @@ from qurl.ptq.checkpoint import check_fusion, folder_digest
 from qurl.ptq.evaluation import Text, load_float32
 from qurl.ptq.journal import journaled_losses
 from qurl.ptq.perplexity import DocumentLoss
-from qurl.ptq.statistics import divergence, perplexity, ratio
+from qurl.ptq.statistics import Estimate, divergence, perplexity, ratio
 from qurl.ptq.switched import SwitchedModel
 from qurl.quantization.axbxp import Precision, parse
 from qurl.quantization.axbxp.cost import Cost, network_cost
@@ -44,6 +44,8 @@ CANDIDATES = (
     "k1-w3g16-a3g1",
 )  # fmt: skip
 PRECISION, REPORT, FOUND = "precision.yaml", "search.json", "found"
+FREE = {"max_loss", "candidates", "num_confirmation", "confirmation"}
+"""What may change while nothing has been found."""
 COMPUTE_SHARE = 0.5
 """Of INT8's energy that the model of energy gives to products."""
 
@@ -52,17 +54,18 @@ Progress = Callable[[str, int, int | None], None]  # (what, done, total or None 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSettings:
-    """What decides the result, besides the held-out documents."""
+    """What decides the result, besides the documents."""
 
     max_loss: float  # relative increase in perplexity, e.g. 0.01
     num_calibration: int  # documents: the first of the text
+    num_confirmation: int  # documents: the next ones; all others are for the test
     candidates: tuple[str, ...] = CANDIDATES  # settings for the network
     ignore: tuple[str, ...] = ()  # patterns of qurl.quantization.select_targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchRow:
-    """A precision on the held-out documents. Gains are those of a model of a machine; see qurl.quantization.axbxp.cost."""
+    """A precision on the test documents. Gains are those of a model of a machine; see qurl.quantization.axbxp.cost."""
 
     precision: str  # a setting, or FOUND
     products: float  # bit products over INT8's
@@ -82,9 +85,10 @@ class SearchReport:
 
     network: str  # the single setting that the search began with
     settings: dict[str, str]  # pattern -> setting
-    num_steps: int  # taken from `network`; confirmed on held-out documents
+    num_steps: int  # taken from `network`; confirmed
     num_refused_steps: int  # that met the bound on the calibration documents alone
     calibration_divergence: float  # nats per token, after the confirmed steps
+    confirmation_increase: float  # of perplexity, relative, after the confirmed steps
     num_measured: int  # precisions, on the calibration documents, in this run or one before
     rows: list[SearchRow]  # the candidates by products, dearest first; then FOUND
 
@@ -96,13 +100,13 @@ def search_precision(
 
     Raises ValueError where the text is too short, the model cannot be quantized, `out` is something else or of other arguments, and
     where no candidate meets the bound."""
-    calibration, held_out = _split(text, settings)
+    calibration, confirmation, test = _split(text, settings)
     with ExitStack() as stack:
         source = source_of_folder(model, stack)
         targets = sorted(checked_targets(source, settings.ignore))
         check_fusion(source, frozenset(targets), settings.ignore)
         matrices = engine_matrices({name: math.prod(source.shapes[f"{name}.weight"]) for name in targets})
-    question = _begin(model, out, settings, calibration)
+    question = _begin(model, out, settings, {"calibration": calibration, "confirmation": confirmation})
     switched = SwitchedModel(load_float32(model), targets)
     journal = _Journal(out / "search.jsonl")
     similar = _by_length(calibration)
@@ -111,39 +115,42 @@ def search_precision(
         progress("precisions, calibration", len(journal), None)
         return divergence([loss for documents in similar for loss in switched.losses(_settings(layers), documents)]).value
 
-    def held_out_losses(name: str, precision: str | Mapping[str, str] | None) -> list[DocumentLoss]:
-        progress(f"documents, {name}", 0, len(held_out))
-        shown = partial(_shown, progress, f"documents, {name}", len(held_out))
+    def losses(part: str, documents: list[Any], name: str, precision: str | Mapping[str, str] | None) -> list[DocumentLoss]:
+        what = f"{part} documents, {name}"
+        progress(what, 0, len(documents))
+        shown = partial(_shown, progress, what, len(documents))
         asked = {**question, "precision": precision}
-        path = out / "held_out" / f"{name}.jsonl"
-        return journaled_losses(path, asked, held_out, lambda skip: shown(skip, switched.losses(precision, held_out[skip:])))
+        path = out / part / f"{name}.jsonl"
+        return journaled_losses(path, asked, documents, lambda skip: shown(skip, switched.losses(precision, documents[skip:])))
 
     found = _search(matrices, measure, settings, journal)
-    baseline = held_out_losses("none", None)
-    losses: dict[str, list[DocumentLoss]] = {}
-    layers, num_steps = _confirmed(found, matrices, settings, baseline, held_out_losses, losses)
-    for candidate in settings.candidates:
-        losses[candidate] = held_out_losses(candidate, candidate)
+    layers, num_steps, confirmed = _confirmed(found, matrices, settings, partial(losses, "confirmation", confirmation))
     measured = {candidate: dict.fromkeys(matrices, parse(candidate)) for candidate in settings.candidates} | {FOUND: layers}
-    rows = [_row(name, network_cost(each, matrices), losses[name], baseline) for name, each in measured.items()]
+    baseline = losses("test", test, "none", None)
+    rows = [
+        _row(name, network_cost(each, matrices), losses("test", test, name, _settings(each)), baseline)
+        for name, each in measured.items()
+    ]
     rows.sort(key=lambda row: (row.precision == FOUND, -row.products))
     report = SearchReport(
         network=str(found.network), settings={name: str(each) for name, each in layers.items()}, num_steps=num_steps,
         num_refused_steps=len(found.steps) - num_steps, calibration_divergence=journal[describe(layers)],
-        num_measured=len(journal), rows=rows,
+        confirmation_increase=confirmed, num_measured=len(journal), rows=rows,
     )  # fmt: skip
     _write(out, settings, report)
     return report
 
 
-def _split(text: Text, settings: SearchSettings) -> tuple[list[Any], list[Any]]:
-    count = settings.num_calibration
+def _split(text: Text, settings: SearchSettings) -> tuple[list[Any], list[Any], list[Any]]:
+    """Documents for calibration, confirmation and test."""
+    first, count = settings.num_calibration, settings.num_calibration + settings.num_confirmation
     if len(text.documents) < count + 2:
         raise ValueError(
-            f"--text has {len(text.documents)} documents; the search takes {count} and is confirmed on two others or more; give "
-            "more text, or fewer by --num-calibration"
+            f"--text has {len(text.documents)} documents; the search takes {first}, its confirmation "
+            f"{settings.num_confirmation}, and the test two or more; give more text, or fewer by --num-calibration and "
+            "--num-confirmation"
         )
-    return text.documents[:count], text.documents[count:]
+    return text.documents[:first], text.documents[first:count], text.documents[count:]
 
 
 def _by_length(documents: Sequence[Any]) -> list[list[Any]]:
@@ -156,17 +163,18 @@ def _by_length(documents: Sequence[Any]) -> list[list[Any]]:
     return groups
 
 
-def _begin(model: Path, out: Path, settings: SearchSettings, calibration: Sequence[Any]) -> dict[str, Any]:
+def _begin(model: Path, out: Path, settings: SearchSettings, documents: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """What decides a loss besides precision and document. Raises ValueError where `out` holds something else.
 
-    A search that found nothing may go on with another bound or other candidates, which decide no loss."""
+    documents: that decide what is found. A search that found nothing may go on with what decides no loss on the calibration
+    documents: another bound, other candidates, another confirmation."""
     question = {"model": folder_digest(model), "ignore": list(settings.ignore)}
     wanted = {**json.loads(json.dumps(asdict(settings))), **question}
-    wanted["calibration"] = hashlib.sha256(json.dumps(calibration).encode()).hexdigest()
+    wanted |= {part: hashlib.sha256(json.dumps(each).encode()).hexdigest() for part, each in documents.items()}
     file = out / "settings.json"
     if file.is_file():
         found = json.loads(file.read_text())
-        decisive = set(wanted) if (out / PRECISION).is_file() else set(wanted) - {"max_loss", "candidates"}
+        decisive = set(wanted) - (set() if (out / PRECISION).is_file() else FREE)
         if different := [key for key in wanted if key in decisive and found.get(key) != wanted[key]]:
             key = different[0]
             raise ValueError(
@@ -213,25 +221,37 @@ def _steps(precision: Precision) -> list[Precision]:
 
 
 def _confirmed(
-    found: Found, matrices: Mapping[str, float], settings: SearchSettings, baseline: Sequence[DocumentLoss],
-    held_out_losses: Callable[[str, Any], list[DocumentLoss]], losses: dict[str, list[DocumentLoss]],
-) -> tuple[dict[str, Precision], int]:
-    """Precisions after all steps, or as long as the bound is not met after half of those; adds their losses as FOUND. ValueError
-    where not even the setting of the network is confirmed."""
-    count = len(found.steps)
-    while True:
-        layers = dict.fromkeys(matrices, found.network) | {step.layer: step.precision for step in found.steps[:count]}
-        losses[FOUND] = held_out_losses(f"{FOUND}_{count}_steps", _settings(layers))
-        grown = ratio(perplexity(losses[FOUND]), perplexity(baseline))
-        if grown.value - 1 <= settings.max_loss:
-            return layers, count
-        if count == 0:
-            raise ValueError(
-                f"--max-loss {settings.max_loss:g}: {found.network} meets it on the calibration documents, and has "
-                f"{grown.value - 1:.2g} +- {grown.standard_error:.2g} on the others; give more of --num-calibration and "
-                "--max-documents, or a smaller --max-loss"
-            )
-        count //= 2
+    found: Found, matrices: Mapping[str, float], settings: SearchSettings, losses: Callable[[str, Any], list[DocumentLoss]]
+) -> tuple[dict[str, Precision], int, float]:
+    """(precisions, number of steps, relative increase in perplexity) after all steps, or after so many of the first that the bound
+    is met and after one more is not, by bisection: a handful of precisions are measured.
+
+    losses: of the confirmation documents, by a name and a quantization.precision. Raises ValueError where not even the setting of
+    the network is confirmed."""
+    baseline = perplexity(losses("none", None))
+
+    def after(count: int) -> dict[str, Precision]:
+        return dict.fromkeys(matrices, found.network) | {step.layer: step.precision for step in found.steps[:count]}
+
+    def grown(count: int) -> Estimate:
+        return ratio(perplexity(losses(f"after_{count}_steps", _settings(after(count)))), baseline)
+
+    def is_confirmed(count: int) -> bool:
+        return grown(count).value - 1 <= settings.max_loss
+
+    confirmed, beyond = 0, len(found.steps)
+    if is_confirmed(beyond):
+        confirmed = beyond
+    elif not is_confirmed(confirmed):
+        raise ValueError(
+            f"--max-loss {settings.max_loss:g}: {found.network} meets it on the calibration documents, and has "
+            f"{grown(0).value - 1:.2g} +- {grown(0).standard_error:.2g} on those of the confirmation; give more of both by "
+            "--num-calibration and --num-confirmation, or a smaller --max-loss"
+        )
+    while beyond - confirmed > 1:
+        middle = (confirmed + beyond) // 2
+        confirmed, beyond = (middle, beyond) if is_confirmed(middle) else (confirmed, middle)
+    return after(confirmed), confirmed, grown(confirmed).value - 1
 
 
 def _row(name: str, price: Cost, losses: Sequence[DocumentLoss], baseline: Sequence[DocumentLoss]) -> SearchRow:
@@ -251,7 +271,7 @@ def _write(out: Path, settings: SearchSettings, report: SearchReport) -> None:
     write_precision(
         out / PRECISION, report.settings,
         f"quantization.precision of quantization=axbxp{ignored}: perplexity {100 * row.increase:+.2f} % +- "
-        f"{100 * row.standard_error:.2f} % on held-out documents, bound {100 * settings.max_loss:g} %;\n"
+        f"{100 * row.standard_error:.2f} % on test documents, bound {100 * settings.max_loss:g} %;\n"
         f"{row.products:.3f} of INT8's bit products, {row.weight_bits:.2f} bits per weight.",
     )  # fmt: skip
 

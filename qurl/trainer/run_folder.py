@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 import yaml
 
 from qurl.config import TrainConfig
 from qurl.config.plain import flat, resolved
 from qurl.errors import ConfigError
+from qurl.locks import only_process
 
 FREE_KEYS = frozenset({"num_steps", "run_name", "output_dir", "logging", "probe", "guard", "evaluation", "checkpoint", "cluster"})
 """What may differ between the command that started a run and the one that resumes it: nothing of it changes what is
@@ -26,33 +26,23 @@ class RunFolder:
     def __init__(self, config: TrainConfig):
         self.path = Path(config.output_dir).expanduser() / config.run_name
         self.resolved = resolved(config)
-        self._lock: TextIO | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> RunFolder:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise ConfigError(f"output_dir={self.path.parent}: the folder cannot be written ({error.strerror})") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise ConfigError(f"run_name={self.path.name}: another process trains in {self.path}; use another run_name") from error
-        try:
-            self._refuse_other_config()
-            (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
-        except OSError as error:
-            self._lock.close()
-            raise ConfigError(f"output_dir={self.path.parent}: {error.filename} cannot be written ({error.strerror})") from error
-        except ConfigError:
-            self._lock.close()
-            raise
+        refusal = f"run_name={self.path.name}: another process trains in {self.path}; use another run_name"
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(only_process(self.path / ".lock", refusal))
+                self._refuse_other_config()
+                (self.path / "config.yaml").write_text(yaml.safe_dump(self.resolved, sort_keys=False))
+            except OSError as error:
+                told = f"{error.filename} cannot be written ({error.strerror})"
+                raise ConfigError(f"output_dir={self.path.parent}: {told}") from error
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._held.close()
 
     def _refuse_other_config(self) -> None:
         saved = self.path / "config.yaml"

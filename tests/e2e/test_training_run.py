@@ -2,6 +2,7 @@
 
 All of these runs are the same run: whatever happens on the way, the numbers must be those of the unbroken one."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from qurl.cli.main import main
 from qurl.quantization import FORMATS
+from qurl.vllm_plugin import format_of
 
 pytestmark = pytest.mark.e2e
 
@@ -45,6 +47,8 @@ def test_a_run_logs_every_iteration_and_learns_from_informative_groups(unbroken)
 def test_a_run_is_exported_and_the_exports_are_models(command_line, unbroken, monkeypatch):
     code, output = command_line.run("export", "runs/unbroken", "exported")
     assert code == 0 and output == "exported\n", output
+    code, output = command_line.run("quantize", "runs/unbroken", "quantized", "--format", "lobcq")
+    assert code == 0 and output.endswith("quantized\n"), output
     monkeypatch.chdir(command_line.folder)  # what follows starts no other process
     before, after = (load_file(f"{name}/model.safetensors") for name in ("tiny", "exported"))
     assert before.keys() == after.keys() and not before["model.norm.weight"].equal(after["model.norm.weight"])
@@ -54,6 +58,11 @@ def test_a_run_is_exported_and_the_exports_are_models(command_line, unbroken, mo
     codes = load_file(shard)
     for name, tensor in FORMATS["int8"].encode(after["model.layers.0.mlp.up_proj.weight"]).items():
         assert codes[f"model.layers.0.mlp.up_proj.{name}"].equal(tensor)
+    assert format_of(json.loads(Path("quantized/config.json").read_text())["quantization_config"]) is FORMATS["lobcq"]
+    packed = {name: tensor for shard in Path("quantized").glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    for name, tensor in FORMATS["lobcq"].encode(after["model.layers.0.mlp.up_proj.weight"]).items():
+        assert packed[f"model.layers.0.mlp.up_proj.{name}"].equal(tensor)
+    assert not list(Path().glob(".quantized*"))  # the exported checkpoint and the lock
 
 
 def test_a_run_that_ctrl_c_and_sigterm_stop_goes_on_to_the_same_numbers(command_line, unbroken):

@@ -23,6 +23,8 @@ def folder(tmp_path_factory):
     files = {"sums": rows, "long": [rows[0], {**rows[1], "question": "1" * 300}], "wordy": [*rows, {**rows[0], "answer": "four"}]}
     for name, content in files.items():
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (path / "layers.yaml").write_text("down_proj: k9-w1-a1\n")
+    (path / "parts.yaml").write_text("q_proj: k4-w1-a2\n")
     return path
 
 
@@ -36,6 +38,9 @@ def folder(tmp_path_factory):
         ("sums", ["--tensor-parallel-size", "3"], "--tensor-parallel-size=3 does not divide the model's 2"),
         ("sums", ["--format", "int8", "--ignore", "mlp.upproj"], "mlp.upproj"),
         ("sums", ["--format", "axbxp", "--precision", "k9-w1-a1"], "--precision='k9-w1-a1': blocks of 9 bits do not exist; use k1"),
+        ("sums", ["--format", "axbxp", "--precision", "layers.yaml"], "--precision='k9-w1-a1': blocks of 9 bits do not exist; use"),
+        ("sums", ["--format", "axbxp", "--precision", "parts.yaml"], "different settings (model.layers.0.self_attn.k"),
+        ("sums", ["--format", "axbxp", "--precision", "absent.yaml"], "--precision=absent.yaml cannot be read"),
         ("sums", ["--format", "int8", "--precision", "k4-w1-a1"], "--precision needs --format axbxp, and int8 is given"),
         ("sums", ["--engine-arg", "max_num_seq=4"], "--engine-arg max_num_seq is no argument of vLLM's engine; did you"),
         ("sums", ["--engine-arg", "seed=4"], "--engine-arg seed is set by qurl itself"),

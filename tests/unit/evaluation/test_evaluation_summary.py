@@ -9,7 +9,7 @@ import pytest
 
 from qurl.evaluation.config import EvalConfig
 from qurl.evaluation.evaluate import output_folder, place_engines, saved_config
-from qurl.evaluation.problems import fingerprint
+from qurl.evaluation.problems import fingerprint, parts_config
 from qurl.evaluation.record import ProblemRecord, record_of
 from qurl.evaluation.summary import summarize, table_rows
 from qurl.types import Prompt, RewardResult, Rollout, RolloutGroup, ScoredGroup
@@ -86,6 +86,19 @@ def test_the_saved_configuration_leaves_out_what_no_sample_depends_on():
     assert str(output_folder(config)) == "evals/a-none"
     precise = replace(config, format="axbxp", precision="k4-w1-a2")
     assert str(output_folder(precise)) == "evals/a-axbxp-k4-w1-a2"
+
+
+def test_a_precision_by_layers_comes_from_a_file_and_is_what_counts(tmp_path):
+    prompts = {"amc23": [PROMPT]}
+    configs = []
+    for name, setting in (("one", "k4-w1-a2"), ("same", "k4-w1-a2"), ("other", "k2-w4-a4")):
+        (tmp_path / f"{name}.yaml").write_text(f"# found\ndown_proj: {setting}\n")
+        path = str(tmp_path / f"{name}.yaml")
+        configs.append(EvalConfig(model="runs/a", benchmarks=["amc23"], format="axbxp", precision=path))
+    one, same, other = configs
+    assert parts_config(one).quantization.precision == one.precision == {"down_proj": "k4-w1-a2"}
+    assert output_folder(one) == output_folder(same) != output_folder(other)
+    assert saved_config(one, None, prompts) == saved_config(same, None, prompts) != saved_config(other, None, prompts)
 
 
 def test_engines_get_their_share_of_cores_or_gpus():
