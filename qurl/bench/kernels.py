@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qurl.bench.rollout_shapes import SHAPES
-from qurl.quantization import FORMATS
+from qurl.quantization import FORMATS, resolved_format, split_rotation
 from qurl.quantization.kernels.cpu.library import Library, load
 
 if TYPE_CHECKING:
@@ -81,13 +81,13 @@ def run_kernel_bench(
 ) -> list[KernelRow]:
     """Rows for every matrix, number of tokens and format.
 
-    shapes: of models, see qurl.bench.rollout_shapes, or OUTPUTSxINPUTS. batch_sizes: numbers of tokens. num_threads: default all
-    cores. cache_bytes: of the last cache; default what the system says. Raises ValueError for what does not exist and
-    KernelsUnavailable where memory cannot be read fast."""
+    shapes: of models, see qurl.bench.rollout_shapes, or OUTPUTSxINPUTS. formats: with a rotation as lobcq@16. batch_sizes: numbers
+    of tokens. num_threads: default all cores. cache_bytes: of the last cache; default what the system says. Raises ValueError for
+    what does not exist and KernelsUnavailable where memory cannot be read fast."""
     import torch
 
     matrices = _matrices(shapes)
-    unknown = [name for name in formats if name not in FORMATS and name != ONEDNN]
+    unknown = [name for name in formats if split_rotation(name)[0] not in FORMATS and name != ONEDNN]
     if unknown or not formats:
         raise ValueError(f"format {unknown[0] if unknown else '(none)'!r} is unknown; use some of {', '.join([*FORMATS, ONEDNN])}")
     if not batch_sizes or min(*batch_sizes, num_rounds, products_per_round) < 1:
@@ -153,7 +153,8 @@ def _quantized(name: str, few: Tensor, outputs: int, spread: int) -> Contender:
     from qurl.vllm_plugin import compat
     from qurl.vllm_plugin.kernels import LayerShape, OneDnnInt8, rows_of, select_kernel
 
-    format = FORMATS["int8" if name == ONEDNN else name]
+    plain, rotation = split_rotation(name)
+    format = resolved_format("int8" if plain == ONEDNN else plain, rotation=rotation)
     rows = {key: _repeated(rows_of(format, key, tensor, len(few)), outputs) for key, tensor in format.encode(few).items()}
     shape = LayerShape(partitions=(outputs,), columns=few.shape[1], dtype=torch.bfloat16, device=torch.device("cpu"))
 

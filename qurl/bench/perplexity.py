@@ -22,7 +22,7 @@ from qurl.config.precision_file import resolved_precision
 from qurl.ptq.evaluation import Text, inputs_of, load_float32, quantized_in_memory
 from qurl.ptq.perplexity import DocumentLoss, decoded_activations
 from qurl.ptq.statistics import divergence, increase, perplexity, ratio
-from qurl.quantization import FORMATS, QuantizationFormat, resolved_format, select_targets
+from qurl.quantization import FORMATS, QuantizationFormat, resolved_format, select_targets, split_rotation
 from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.error_report import copy_error
 from qurl.quantization.lobcq import LoBcq
@@ -80,8 +80,8 @@ def run_perplexity_bench(
     """A row per format, full precision first whether named or not; out: the folder of losses, and of the rows as JSON.
 
     formats: keys of FORMATS, those of LO-BCQ also with a file of codebooks, as lobcq:FILE, and axbxp with a precision, as
-    axbxp:SETTING or axbxp:FILE. ignore: as quantization.ignore. relative_to: one of the formats. Raises ValueError for a format
-    that does not exist or does not fit the model."""
+    axbxp:SETTING or axbxp:FILE; behind that a rotation, as nvfp4@16 or lobcq:FILE@16. ignore: as quantization.ignore. relative_to:
+    one of the formats. Raises ValueError for a format that does not exist or does not fit the model."""
     full_precision = load_float32(model)
     linears = {name: module for name, module in full_precision.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted(select_targets(list(linears), ignore))
@@ -115,19 +115,22 @@ def _report(progress: Progress, name: str, total: int, done: int) -> None:
 
 
 def _label(format: str) -> str:
-    """What a format is called in rows and files: lobcq:FOLDER/books.json is lobcq:books."""
-    name, colon, word = format.partition(":")
-    return f"{name}{colon}{Path(word).stem}" if colon else name
+    """What a format is called in rows and files: lobcq:FOLDER/books.json@16 is lobcq:books@16."""
+    plain, rotation = split_rotation(format)
+    name, colon, word = plain.partition(":")
+    return (f"{name}{colon}{Path(word).stem}" if colon else name) + (f"@{rotation}" if rotation else "")
 
 
 def _resolved(formats: Sequence[str], targets: Sequence[str]) -> dict[str, QuantizationFormat]:
     """Formats by their labels, full precision first. Raises ValueError for one that does not exist, and two with one label."""
     found: dict[str, QuantizationFormat] = {}
     for format in dict.fromkeys((BASELINE, *formats)):
-        name, colon, word = format.partition(":")
+        plain, rotation = split_rotation(format)
+        name, colon, word = plain.partition(":")
         if name not in FORMATS:
             raise ValueError(
-                f"--formats {format} is unknown; use some of {', '.join(FORMATS)}, axbxp:k2-w2g16-a3g1 and the like, or lobcq:FILE"
+                f"--formats {format} is unknown; use some of {', '.join(FORMATS)}, axbxp:k2-w2g16-a3g1 and the like, lobcq:FILE or "
+                "lobcq@16"
             )
         if _label(format) in found:
             raise ValueError(f"--formats names two files {_label(format)}; rename one of them")
@@ -137,7 +140,7 @@ def _resolved(formats: Sequence[str], targets: Sequence[str]) -> dict[str, Quant
         elif colon:
             given = {"precision": resolved_precision(word, f"--formats {name}:") if isinstance(FORMATS[name], AxBxP) else word}
         try:
-            found[_label(format)] = resolved_format(name, layers=targets, **given)
+            found[_label(format)] = resolved_format(name, layers=targets, rotation=rotation, **given)
         except ValueError as error:
             raise ValueError(f"--formats {format}: {error}") from error
     return found

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_options(parser, required=False)
     for name, meaning in LAYOUT.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{meaning}; default: the package's")
+    parser.add_argument("--rotation", type=int, default=0, metavar="N", help="look at what quantization.rotation makes; default 0")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to leave out; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.epilog = EPILOG
@@ -69,7 +70,12 @@ def _calibrate(args: argparse.Namespace, layout: Layout) -> None:
 
     text = Text(args.model, args.text, args.max_documents, args.context) if args.text else None
     weights = args.operands != "activations"
-    blocks = model_blocks(args.model, text, layout, weights=weights, ignore=args.ignore, seed=args.seed)
+    try:
+        blocks = model_blocks(
+            args.model, text, layout, weights=weights, rotation=args.rotation, ignore=args.ignore, seed=args.seed
+        )
+    except ValueError as error:
+        raise ConfigError(str(error).replace("quantization.rotation=", "--rotation ")) from error
     found = calibrate(blocks, layout, args.seed)
     save_codebooks(found.codebooks, args.out, _command(args, layout))
     energy = float(blocks.double().square().sum(dim=1).mean())
@@ -79,7 +85,7 @@ def _calibrate(args: argparse.Namespace, layout: Layout) -> None:
 
 def _command(args: argparse.Namespace, layout: Layout) -> str:
     """What makes the file again, defaults and all."""
-    options: dict[str, Any] = {"operands": args.operands, **asdict(layout), "seed": args.seed}
+    options: dict[str, Any] = {"operands": args.operands, **asdict(layout), "rotation": args.rotation, "seed": args.seed}
     if args.text:
         options |= {"text": args.text, "max_documents": args.max_documents, "context": args.context}
     words = ["qurl", "calibrate", str(args.model), str(args.out)]

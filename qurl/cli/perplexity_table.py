@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
     add_text_options(parser, required=True)
-    formats = "int8, nvfp4, lobcq, lobcq:CODEBOOKS, axbxp:k4-w1-a2, axbxp:FILE of `qurl search`, ...; none comes first"
+    formats = (
+        "int8, nvfp4, lobcq, lobcq:CODEBOOKS, axbxp:k4-w1-a2, axbxp:FILE of `qurl search`, lobcq@16 and the like with a rotation, "
+        "...; none comes first"
+    )
     parser.add_argument("--formats", nargs="+", required=True, metavar="FORMAT", help=formats)
     parser.add_argument("--operands", default="both", choices=("both", "weights", "activations"), help="what is quantized")
     parser.add_argument("--relative-to", metavar="FORMAT", help="also print each increase over that of this format")

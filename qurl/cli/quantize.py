@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet, or was begun by the same command")
     parser.add_argument("--format", required=True, help="int8, fp8, fp8_block, int4, nf4, mxfp4, nvfp4, lobcq, ...")
     parser.add_argument("--codebooks", metavar="FILE", help="of the formats of LO-BCQ; default: the package's")
+    parser.add_argument("--rotation", type=int, default=0, metavar="N", help="as quantization.rotation: 16, 32, 64, 128; default 0")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
     parser.add_argument("--precision", metavar="SETTING|FILE", help="of --format axbxp: e.g. k4-w1-a2, or what `qurl search` wrote")
     add_text_options(parser, required=False)
@@ -62,8 +63,10 @@ def main(args: argparse.Namespace) -> int:
     codebooks = resolved_codebooks(args.codebooks, "--codebooks")
     precision = resolved_precision(args.precision, "--precision")
     with _in_options(args):
-        resolved_format(args.format, codebooks=codebooks, precision=precision)
-    settings = QuantizeSettings(format=args.format, ignore=tuple(args.ignore), codebooks=codebooks, precision=precision)
+        resolved_format(args.format, codebooks=codebooks, precision=precision, rotation=args.rotation)
+    settings = QuantizeSettings(
+        format=args.format, ignore=tuple(args.ignore), codebooks=codebooks, precision=precision, rotation=args.rotation
+    )
     with only_writer(args.out), _in_options(args), _source(args.source, args.out) as source:
         text = Text(source, args.text, args.max_documents, args.context) if args.text else None
         with _bar("tensors") as (bar, task):
@@ -83,7 +86,7 @@ def _in_options(args: argparse.Namespace) -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error)
-        for key, option in (words | {"quantization=": "--format "}).items():
+        for key, option in (words | {"quantization.rotation=": "--rotation ", "quantization=": "--format "}).items():
             message = message.replace(key, option)
         raise ConfigError(message) from error
 

@@ -31,6 +31,9 @@ class QuantizationConfig:
     codebooks: Any = None
     """Of the formats of LO-BCQ: a file of codebooks with their layout, whose content takes the place of its path. null: those of
     the package."""
+    rotation: int = 0
+    """Of the formats whose scales belong to groups of inputs: inputs of a block that a Hadamard matrix mixes in weights and
+    activations before they are encoded, 16, 32, 64 or 128. 0: none."""
     update_awareness: UpdateAwareness = UpdateAwareness.none
     invariant_scale: float = 1.5  # s; only read with update_awareness=invariant_scaling
 

@@ -23,6 +23,7 @@ class EvalConfig:
     ignore: list[str] = field(default_factory=list)  # as quantization.ignore
     precision: Any = None  # as quantization.precision
     codebooks: Any = None  # as quantization.codebooks
+    rotation: int = 0  # as quantization.rotation
     samples: int = 1  # per problem
     k: list[int] = field(default_factory=list)  # of pass@k; empty: the number of samples
     temperature: float = 0.0  # 0: greedy

@@ -73,7 +73,7 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
     first, with ValueError."""
     if config.format not in FORMATS:
         raise ConfigError(f"--format {config.format} is unknown; use one of {', '.join(FORMATS)}")
-    resolved_format(config.format, codebooks=config.codebooks, precision=config.precision)
+    resolved_format(config.format, codebooks=config.codebooks, precision=config.precision, rotation=config.rotation)
     for name in config.benchmarks:
         resolve(REWARDS, reward_config(config, name).function, "--reward")
     place_engines(config, len(hardware.gpus()), hardware.num_cores())
@@ -98,12 +98,13 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
 
 
 def output_folder(config: EvalConfig) -> Path:
-    """--out, or evals/<model>-<format>, then -<precision> or the start of the hash of what a file says, where given."""
+    """--out, or evals/<model>-<format>, then -<precision> or the start of the hash of what a file says, and -rotation<N>."""
     words = [Path(config.model).name, config.format]
     if config.precision:
         by_layer = hashlib.sha256(json.dumps(config.precision).encode()).hexdigest()[:12]
         words.append(config.precision if isinstance(config.precision, str) else by_layer)
     words += [config.codebooks["sha256"][:12]] if config.codebooks else []
+    words += [f"rotation{config.rotation}"] if config.rotation else []
     return Path(config.out or f"evals/{'-'.join(words)}").expanduser()
 
 

@@ -32,7 +32,8 @@ def parts_config(config: EvalConfig) -> TrainConfig:
         seed=config.seed,
         model=load_config(Path(config.model) / "config.yaml").model if run else ModelConfig(path=config.model),
         quantization=QuantizationConfig(
-            format=config.format, ignore=config.ignore, precision=config.precision, codebooks=config.codebooks
+            format=config.format, ignore=config.ignore, precision=config.precision, codebooks=config.codebooks,
+            rotation=config.rotation,
         ),
         rollout=RolloutConfig(
             num_engines=config.engines, tensor_parallel_size=config.tensor_parallel_size, engine_args=config.engine_args,

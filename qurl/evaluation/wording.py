@@ -19,6 +19,7 @@ OPTIONS = {
     "quantization.codebooks": "--codebooks",
     "quantization.ignore": "--ignore",
     "quantization.precision": "--precision",
+    "quantization.rotation=": "--rotation ",
     "quantization=": "--format ",
     "reward.function": "--reward",
     "rollout.engine_args.": "--engine-arg ",

@@ -39,7 +39,8 @@ def check_names(config: TrainConfig) -> None:
     if awareness is UpdateAwareness.stochastic_rounding and not FORMATS[name].rounds_stochastically:
         able = ", ".join(name for name, quantization in FORMATS.items() if quantization.rounds_stochastically)
         raise ConfigError(f"quantization.update_awareness=stochastic_rounding is not possible with {name}; use quantization={able}")
-    resolved_format(name, codebooks=config.quantization.codebooks, precision=config.quantization.precision)
+    given = config.quantization
+    resolved_format(name, codebooks=given.codebooks, precision=given.precision, rotation=given.rotation)
     deepspeed_config(config.learner, 1)
     check_engine_args(config.rollout.engine_args)
     if config.learner.deepspeed:
@@ -138,7 +139,8 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
     targets = select_targets(model.linear_names, config.quantization.ignore)
     quantization = config.quantization
     format = resolved_format(
-        quantization.format, codebooks=quantization.codebooks, precision=quantization.precision, layers=sorted(targets)
+        quantization.format, codebooks=quantization.codebooks, precision=quantization.precision, rotation=quantization.rotation,
+        layers=sorted(targets),
     )
     for name in sorted(targets):
         try:

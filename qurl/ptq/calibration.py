@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from qurl.ptq.evaluation import Text, inputs_of, load_float32
-from qurl.quantization import select_targets
+from qurl.quantization import FORMATS, select_targets
+from qurl.quantization.hadamard import rotate
 from qurl.quantization.lobcq import Layout
 from qurl.quantization.lobcq.samples import blocks_of
+from qurl.quantization.rotation import with_rotation
 
 NUM_BLOCKS = 1 << 16
 NUM_TOKENS = 32
@@ -29,33 +31,38 @@ def model_blocks(
     layout: Layout,
     *,
     weights: bool = True,
+    rotation: int = 0,
     ignore: Sequence[str] = (),
     num_blocks: int = NUM_BLOCKS,
     seed: int = 0,
 ) -> Tensor:
     """About num_blocks blocks [n, L_b] in codewords, in equal parts from the weights of the quantized layers, if asked, and from
-    their inputs on `text`, if there is one. ignore: as quantization.ignore.
+    their inputs on `text`, if there is one; with a rotation, of what is encoded then. ignore, rotation: as in the group
+    quantization.
 
-    Raises ValueError for a layer whose inputs are no multiple of L_A, and a pattern that cannot be honoured."""
+    Raises ValueError for a layer whose inputs are no multiple of L_A or of the rotation, for a rotation that there is not, and a
+    pattern that cannot be honoured."""
+    with_rotation(FORMATS["lobcq"], rotation)
     loaded: Any = load_float32(model)
     linears = {name: module for name, module in loaded.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted(select_targets(list(linears), ignore))
     for name in targets:
-        if linears[name].in_features % layout.array:
-            raise ValueError(
-                f"{name}: --array {layout.array} does not divide its {linears[name].in_features} input features; use a shorter "
-                "one, or --ignore the layer"
-            )
+        for option, multiple in (("--array", layout.array), ("--rotation", rotation or 1)):
+            if linears[name].in_features % multiple:
+                raise ValueError(
+                    f"{name}: {option} {multiple} does not divide its {linears[name].in_features} input features; use a shorter "
+                    "one, or --ignore the layer"
+                )
     share = -(-num_blocks // (len(targets) * (weights + (text is not None))))
     generator = torch.Generator().manual_seed(seed)
     found = []
     for name in targets if weights else ():
-        weight = linears[name].weight.cpu()
+        weight = rotate(linears[name].weight.cpu(), rotation)
         rows = _some(weight, -(-share * layout.block // weight.shape[1]), generator)
         found.append(_some(blocks_of(rows, weight.abs().amax().view(1), layout), share, generator))
     inputs = {} if text is None else inputs_of(loaded, text.documents, targets, NUM_TOKENS)
     for name in inputs:
-        tokens = inputs[name].cpu()
+        tokens = rotate(inputs[name].cpu(), rotation)
         found.append(_some(blocks_of(tokens, tokens.abs().amax(dim=1, keepdim=True), layout), share, generator))
     return torch.cat(found)
 

@@ -43,10 +43,13 @@ class QuantizeSettings:
     ignore: tuple[str, ...] = ()  # patterns of qurl.quantization.select_targets
     codebooks: Mapping[str, Any] | None = None  # the content of a file of quantization.codebooks; None: the package's
     precision: str | Mapping[str, str] | None = None  # as quantization.precision, of format axbxp
+    rotation: int = 0  # as quantization.rotation
 
     def quantization(self, targets: Collection[str]) -> QuantizationFormat:
         """The format, with the precision of each of the modules to quantize. Raises ValueError as resolved_format does."""
-        return resolved_format(self.format, codebooks=self.codebooks, precision=self.precision, layers=targets)
+        return resolved_format(
+            self.format, codebooks=self.codebooks, precision=self.precision, rotation=self.rotation, layers=targets
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +89,7 @@ def quantize_folder(
         check_fusion(opened, targets, settings.ignore)
         quantization = settings.quantization(sorted(targets))
         wanted: dict[str, Any] = {"format": settings.format, "ignore": list(settings.ignore), "precision": settings.precision}
-        wanted |= {"source": folder_digest(source), "version": CHECKPOINT_VERSION}
+        wanted |= {"rotation": settings.rotation, "source": folder_digest(source), "version": CHECKPOINT_VERSION}
         wanted |= {} if quantization.codebooks_sha256 is None else {"codebooks": quantization.codebooks_sha256}
         if _is_begun(out, wanted):
             if not (out / UNFINISHED).exists():
@@ -187,7 +190,8 @@ def _finish(
 
 def _config_entry(settings: QuantizeSettings) -> dict[str, Any]:
     return quantization_config(
-        settings.format, settings.ignore, encoded=True, codebooks=settings.codebooks, precision=settings.precision
+        settings.format, settings.ignore, encoded=True, codebooks=settings.codebooks, precision=settings.precision,
+        rotation=settings.rotation,
     )
 
 

@@ -105,6 +105,8 @@ def decoded_linear(rounded: Rounded | None, weight: Tensor, bias: Tensor | None,
 
 def decoded_activations(quantization: QuantizationFormat, x: Tensor) -> Tensor:
     """The numbers that the codes of activations [..., I] stand for, float32."""
+    if isinstance(quantization, GroupedFormat):
+        return quantization.round_activations(x)
     codes, scale = quantization.quantize_activations(x)
     width = -(-x.shape[-1] // scale.shape[-1])
     return codes.float() * scale.repeat_interleave(width, dim=-1)[..., : x.shape[-1]]

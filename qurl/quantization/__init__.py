@@ -18,6 +18,7 @@ from qurl.quantization.mxfp4 import MxFp4
 from qurl.quantization.nf4 import Nf4
 from qurl.quantization.none import Unquantized
 from qurl.quantization.nvfp4 import NvFp4
+from qurl.quantization.rotation import split_rotation, with_rotation
 from qurl.quantization.rounding import rounding_generator
 from qurl.quantization.targets import select_targets
 
@@ -45,15 +46,20 @@ FORMATS: dict[str, QuantizationFormat] = {
 
 
 def resolved_format(
-    name: str, *, codebooks: Any = None, precision: str | Mapping[str, str] | None = None, layers: Collection[str] | None = None
+    name: str,
+    *,
+    codebooks: Any = None,
+    rotation: int = 0,
+    precision: str | Mapping[str, str] | None = None,
+    layers: Collection[str] | None = None,
 ) -> QuantizationFormat:
-    """The format that `quantization.format`, `quantization.codebooks` and `quantization.precision` name.
+    """The format that `quantization.format`, `quantization.codebooks`, `quantization.rotation` and `quantization.precision` name.
 
     layers: its quantized modules; None where they are not known yet, and what names layers is only read. Raises ValueError for an
-    unknown name, as with_codebooks and with_precision do, and as the format's check_layers."""
+    unknown name, as with_codebooks, with_rotation and with_precision do, and as the format's check_layers."""
     if name not in FORMATS:
         raise ValueError(f"quantization.format={name!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
-    format = with_codebooks(FORMATS[name], codebooks)
+    format = with_rotation(with_codebooks(FORMATS[name], codebooks), rotation)
     if layers is None:
         check_precision(format, precision)
         return format
@@ -65,5 +71,5 @@ def resolved_format(
 __all__ = [
     "FORMATS", "ErrorReport", "MatrixError", "QuantizationFormat", "changed_codes", "check_precision", "error_report",
     "export_checkpoint", "fold_invariant_scaling", "matrix_error", "resolved_format", "rounding_generator", "scaled_linear_weights",
-    "select_targets", "with_precision",
+    "select_targets", "split_rotation", "with_precision",
 ]

@@ -27,13 +27,15 @@ class QuantizationFormat(ABC):
     """Weights and activations of one linear layer in low precision. O: output features, I: input features."""
 
     name: str
-    scheme: ClassVar[dict[str, Any] | None] = None
+    scheme: dict[str, Any] | None = None
     """compressed-tensors' words for the format: `format`, `weights` and, unless activations stay as they are, `input_activations`;
     None where it has none."""
     rounds_stochastically: ClassVar[bool] = False
     """Whether encode_stochastically works."""
     block: tuple[int, int] = (1, 1)
     """Rows and columns that share a scale, where it is not that of a whole row."""
+    rotation: int = 0
+    """Inputs of a block that is rotated, see qurl.quantization.rotation; 0: none."""
     has_whole_blocks: ClassVar[bool] = False
     """Whether I must be a multiple of block[1]; else the last block of a row may be shorter."""
     matrix_tensors: ClassVar[frozenset[str]] = frozenset()
@@ -70,8 +72,14 @@ class QuantizationFormat(ABC):
 
     @property
     def key(self) -> str:
-        """The name and the codebooks: the same key is the same arithmetic, in every process."""
-        return self.name if self.codebooks_sha256 is None else f"{self.name}:{self.codebooks_sha256}"
+        """The name, the codebooks and the rotation: the same key is the same arithmetic, in every process."""
+        name = self.name if self.codebooks_sha256 is None else f"{self.name}:{self.codebooks_sha256}"
+        return f"{name}@{self.rotation}" if self.rotation else name
+
+    @property
+    def column_multiple(self) -> int:
+        """Of which I must be a multiple, and a shard of I too."""
+        return self.block[1] if self.has_whole_blocks else 1
 
     @abstractmethod
     def bits_per_weight(self, shape: Sequence[int]) -> float:

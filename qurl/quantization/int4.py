@@ -50,7 +50,7 @@ class Int4(GroupedFormat):
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
         """[O, I] float32."""
         codes = self.grouped(unpack(wire["weight"]).float() - OFFSET)
-        return (codes * wire["weight_scale"].float()[..., None]).flatten(-2)
+        return self.ungrouped(codes * wire["weight_scale"].float()[..., None])
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """4 and a bfloat16 per group."""

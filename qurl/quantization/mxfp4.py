@@ -46,13 +46,13 @@ class MxFp4(GroupedFormat):
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
         """[O, I] float32."""
         numbers = self.grouped(unpack_e2m1(wire["weight"]))
-        return (numbers * _power_of_two(wire["weight_scale"])[..., None]).flatten(-2)
+        return self.ungrouped(numbers * _power_of_two(wire["weight_scale"])[..., None])
 
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E2M1 numbers [..., I] and scales [..., I/32], both as float32, by the rule for weights.
 
         NaN or Inf in a group makes its scale, and what is computed from it, NaN."""
-        groups = self.grouped(x.float())
+        groups = self.activation_groups(x)
         amax = groups.abs().amax(dim=-1)
         scale = _scale_bytes(amax)
         codes = round_to_e2m1(groups * _reciprocal(scale)[..., None])

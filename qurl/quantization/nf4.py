@@ -43,7 +43,7 @@ class Nf4(GroupedFormat):
 
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
         """[O, I] float32."""
-        return (self.grouped(look_up(wire["weight"], _NUMBERS)) * wire["weight_scale"].float()[..., None]).flatten(-2)
+        return self.ungrouped(self.grouped(look_up(wire["weight"], _NUMBERS)) * wire["weight_scale"].float()[..., None])
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """4 and a bfloat16 per group."""

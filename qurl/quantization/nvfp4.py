@@ -48,13 +48,13 @@ class NvFp4(GroupedFormat):
     def decode(self, wire: Mapping[str, Tensor]) -> Tensor:
         """[O, I] float32."""
         scale = wire["weight_scale"].float() / wire["weight_global_scale"]
-        return (self.grouped(unpack_e2m1(wire["weight"])) * scale[..., None]).flatten(-2)
+        return self.ungrouped(self.grouped(unpack_e2m1(wire["weight"])) * scale[..., None])
 
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """E2M1 numbers [..., I] and scales [..., I/16], the E4M3 one over the token's, both as float32.
 
         NaN or Inf in a token makes its scales, and what is computed from them, non-finite."""
-        groups = self.grouped(x.float())
+        groups = self.activation_groups(x)
         amax = groups.abs().amax(dim=-1)
         global_scale = global_scale_of(amax.amax(dim=-1, keepdim=True), LARGEST)
         scale = e4m3_scales(amax, global_scale, LARGEST, SMALLEST_E4M3).float() / global_scale

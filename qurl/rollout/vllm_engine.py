@@ -60,7 +60,9 @@ def build_engine(
         defaults["distributed_executor_backend"] = "mp"  # in a Ray placement group vLLM would take GPUs from Ray once more
     if not torch.cuda.is_available():
         defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
-    controlled = plugin_engine_args(quantization.format, quantization.ignore, quantization.precision, quantization.codebooks)
+    controlled = plugin_engine_args(
+        quantization.format, quantization.ignore, quantization.precision, quantization.codebooks, quantization.rotation
+    )
     if model.max_position_embeddings is not None:
         controlled["hf_overrides"]["max_position_embeddings"] = model.max_position_embeddings
     args = EngineArgs(

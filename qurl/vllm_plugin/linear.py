@@ -122,22 +122,20 @@ class QurlLinearMethod(UnquantizedLinearMethod):
 
     def _wire_row(self, columns: int) -> dict[str, Tensor]:
         """Wire tensors of a weight of one row and so many columns, or the next more that the format can encode, one row each."""
-        rounded = -(-columns // self._column_block) * self._column_block
+        multiple = self.config.format.column_multiple
+        rounded = -(-columns // multiple) * multiple
         wire = self.config.format.wire_row(rounded)
         return {name: rows_of(self.config.format, name, tensor, 1) for name, tensor in wire.items()}
 
-    @property
-    def _column_block(self) -> int:
-        return self.config.format.block[1] if self.config.format.has_whole_blocks else 1
-
     def _check_sharding(self, is_column_sharded: bool) -> None:
-        """Blocks of scales must not straddle tensor-parallel ranks, nor must a whole matrix that has one."""
+        """Blocks of scales or of a rotation must not straddle tensor-parallel ranks, nor must a whole matrix that has one."""
         if self.config.format.matrix_tensors and (is_column_sharded or self.full_columns != self.shape.columns):
             raise ValueError(
                 f"rollout.tensor_parallel_size must be 1 with quantization.format={self.config.format.name}, which has a scale for "
                 "the whole of a weight; use quantization.format=mxfp4"
             )
         rows, columns = self.config.format.block
+        columns = max(columns, self.config.format.column_multiple)
         is_cut = is_column_sharded and any(part % rows for part in self.shape.partitions)
         if is_cut or (self.full_columns != self.shape.columns and self.shape.columns % columns):
             sizes = f"{list(self.shape.partitions)} x {self.shape.columns}"

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from qurl.quantization.base import QuantizationFormat
-from qurl.quantization.kernels.triton import codebook_bytes, lobcq_encode, lobcq_matmul, nearest_codewords
+from qurl.quantization.kernels.triton import codebook_bytes, lobcq_encode, lobcq_matmul, nearest_codewords, rotated
 from qurl.quantization.kernels.triton.matmul import SMALLEST_ARRAY
 from qurl.quantization.lobcq import LoBcq
 from qurl.vllm_plugin.kernels import LinearKernel, as_parameter, decode_parts
 
 
 class CudaLoBcq(LinearKernel):
-    """W4A4, or W4A16 where the format keeps activations. Raises ValueError where tensor cores cannot multiply the arrays."""
+    """W4A4, or W4A16 where the format keeps activations, which a rotation then rounds to their dtype once more.
+
+    Raises ValueError where tensor cores cannot multiply the arrays."""
 
     def __init__(self, format: LoBcq) -> None:
         if format.layout.array < SMALLEST_ARRAY:
@@ -43,6 +45,8 @@ class CudaLoBcq(LinearKernel):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         tokens, layout = x.reshape(-1, x.shape[-1]), self.format.layout
         scales = None
+        if self.format.rotation:
+            tokens = rotated(tokens, self.format.rotation, x.dtype if self.format.keeps_activations else torch.float32)
         if not self.format.keeps_activations:
             tokens, scales = lobcq_encode(tokens, layer.nearest_codewords, layout.block, layout.array)
         selectors = layer.weight_selector if layout.selector_bits else None

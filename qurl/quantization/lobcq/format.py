@@ -94,12 +94,13 @@ class LoBcq(GroupedFormat):
         return _with_codebooks(self, self.sets.layers[0][1]).encode(torch.ones(1, columns))
 
     def check_columns(self, columns: int) -> None:
-        """Raises ValueError where L_A does not divide them."""
+        """Raises ValueError where L_A or the rotation does not divide them."""
         if columns % self.layout.array:
             raise ValueError(
                 f"quantization={self.name} needs a multiple of {self.layout.array} input features, not {columns}; add the layer to "
                 "quantization.ignore, give quantization.codebooks with shorter arrays (L_A), or use quantization=int8"
             )
+        super().check_columns(columns)
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Codes, books and scales; ValueError for NaN, Inf or a number of inputs that is no multiple of L_A."""
@@ -122,7 +123,7 @@ class LoBcq(GroupedFormat):
         else:
             books = codes.new_zeros((len(codes), blocks))
         codewords = _entries(self.codebooks.weights, books.flatten(), codes.view(-1, self.layout.block)).view(codes.shape)
-        return (self.grouped(codewords) * (wire["weight_scale"].float() / wire["weight_global_scale"])[..., None]).flatten(-2)
+        return self.ungrouped(self.grouped(codewords) * (wire["weight_scale"].float() / wire["weight_global_scale"])[..., None])
 
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Codewords [..., I] and scales [..., I/L_A], the E4M3 one over the token's, both as float32.
@@ -131,7 +132,7 @@ class LoBcq(GroupedFormat):
         if self.keeps_activations:
             return super().quantize_activations(x)
         codebooks = self.codebooks.activations
-        groups = self.grouped(x.float())
+        groups = self.activation_groups(x)
         amax = groups.abs().amax(dim=-1)
         global_scale = global_scale_of(amax.amax(dim=-1, keepdim=True), codebooks.layout.largest)
         scale = e4m3_scales(amax, global_scale, codebooks.layout.largest, 0.0)

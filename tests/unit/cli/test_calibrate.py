@@ -41,7 +41,7 @@ def test_a_checkpoint_and_a_row_of_the_table_have_the_layout_of_the_file(workspa
     command = json.loads((workspace / "books.json").read_text())["command"]
     assert command == (
         f"qurl calibrate {workspace}/tiny {workspace}/books.json --operands both --block 4 --array 32 --num-codebooks 8 "
-        f"--codeword-bits 6 --seed 0 --text {workspace}/text.jsonl --context 512"
+        f"--codeword-bits 6 --rotation 0 --seed 0 --text {workspace}/text.jsonl --context 512"
     )
     assert main(["quantize", "tiny", "out", "--format", "lobcq_w4a16", "--codebooks", "books.json"]) == 0
     config = json.loads((workspace / "out" / "config.json").read_text())
@@ -103,6 +103,11 @@ def test_one_operand_alone_gives_it_the_smaller_error(workspace):
         (["calibrate", "/nowhere", "x.json", "--operands", "weights"], "/nowhere is no Hugging Face folder"),
         (["calibrate", "tiny", "x.json", "--operands", "weights", "--block", "3"], "LO-BCQ with block=3: use one of 2, 4, 8"),
         (["calibrate", "tiny", "x.json", "--operands", "weights", "--array", "128"], "--array 128 does not divide its 192 input"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--rotation", "128"], "--rotation 128 does not divide its 192"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--rotation", "8"], "--rotation 8 is no size of a block; use 0"),
+        (["quantize", "tiny", "x", "--format", "int8", "--rotation", "16"], "--rotation 16 needs a format whose scales belong to"),
+        (["quantize", "tiny", "x", "--format", "lobcq", "--rotation", "128"], "--rotation 128 needs a multiple of 128 input"),
+        (["bench", "perplexity", "tiny", "--text", "text.jsonl", "--formats", "lobcq@17", "--out", "y"], "rotation=17 is no size"),
         (["quantize", "tiny", "x", "--format", "int8", "--codebooks", "books.json"], "--codebooks books.json needs --format lobcq"),
         (["quantize", "tiny", "x", "--format", "lobcq_int8", "--codebooks", "books.json"], "--codebooks books.json has codewords"),
         (["quantize", "tiny", "x", "--format", "lobcq", "--codebooks", "none.json"], "--codebooks=none.json cannot be read"),

@@ -11,7 +11,7 @@ import transformers
 from qurl.ptq import DocumentLoss, document_losses, encode_documents, increase, perplexity, ratio, replace_linears
 from qurl.ptq.journal import journaled_losses
 from qurl.ptq.perplexity import decoded_activations
-from qurl.quantization import FORMATS
+from qurl.quantization import FORMATS, resolved_format
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def test_losses_equal_those_of_one_window_after_the_other(model):
         assert loss.num_tokens == sum(len(window) - 1 for window in document)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "none"])
-def test_replaced_layers_compute_what_the_format_says(model, name):
-    quantization = FORMATS[name]
+@pytest.mark.parametrize(("name", "rotation"), [*((name, 0) for name in FORMATS if name != "none"), ("lobcq", 64), ("nf4", 32)])
+def test_replaced_layers_compute_what_the_format_says(model, name, rotation):
+    quantization = resolved_format(name, rotation=rotation)
     wires = {target: quantization.encode(model.get_submodule(target).weight) for target in
              ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")}  # fmt: skip
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))

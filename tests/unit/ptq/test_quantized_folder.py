@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qurl.ptq import QuantizeSettings, quantize_folder
-from qurl.quantization import FORMATS
+from qurl.quantization import FORMATS, resolved_format
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -46,10 +47,11 @@ def digest(folder):
             for file in sorted(folder.rglob("*")) if file.is_file()}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "none"])
-def test_a_checkpoint_holds_the_wire_tensors_and_states_their_bits(source, tmp_path, name):
-    quantization = FORMATS[name]
-    report = quantize_folder(source, tmp_path / "out", QuantizeSettings(format=name, ignore=("1.mlp.down_proj",)))
+@pytest.mark.parametrize(("name", "rotation"), [*((name, 0) for name in FORMATS if name != "none"), ("lobcq", 64)])
+def test_a_checkpoint_holds_the_wire_tensors_and_states_their_bits(source, tmp_path, name, rotation):
+    quantization = resolved_format(name, rotation=rotation)
+    settings = QuantizeSettings(format=name, ignore=("1.mlp.down_proj",), rotation=rotation)
+    report = quantize_folder(source, tmp_path / "out", settings)
     before, after = load_file(source / "model.safetensors"), tensors(tmp_path / "out")
     expected, bits, count = {}, 0, 0
     for key, tensor in before.items():
@@ -67,7 +69,11 @@ def test_a_checkpoint_holds_the_wire_tensors_and_states_their_bits(source, tmp_p
     assert report.bits_on_disk == pytest.approx(bits / count) and report.bits_formula == pytest.approx(bits / count)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config.pop("codebooks", None) == quantization.codebooks_sha256
-    assert config == {"quant_method": "qurl", "format": name, "ignore": ["1.mlp.down_proj"], "encoded": True, "version": 1}
+    expected = {"quant_method": "qurl", "format": name, "ignore": ["1.mlp.down_proj"], "encoded": True, "version": 1}
+    assert config == (expected | {"rotation": rotation, "version": 2} if rotation else expected)
+    if rotation:
+        with pytest.raises(ValueError, match=r"holds a checkpoint of other arguments \(rotation: 64 there, 16 now\)"):
+            quantize_folder(source, tmp_path / "out", replace(settings, rotation=16))
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 

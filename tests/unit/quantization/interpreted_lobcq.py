@@ -11,8 +11,9 @@ import triton.language as tl
 from test_lobcq import VARIANTS, any_format, normal
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from qurl.quantization import FORMATS
-from qurl.quantization.kernels.triton import codebook_bytes, lobcq_encode, lobcq_matmul, nearest_codewords
+from qurl.quantization import FORMATS, resolved_format
+from qurl.quantization.hadamard import SIZES, rotate
+from qurl.quantization.kernels.triton import codebook_bytes, lobcq_encode, lobcq_matmul, nearest_codewords, rotated
 from qurl.quantization.kernels.triton.codewords import PERMUTE
 from qurl.quantization.kernels.triton.encode import _to_e4m3
 from qurl.quantization.kernels.triton.matmul import SMALLEST_ARRAY, num_splits
@@ -178,6 +179,18 @@ def test_activations_get_the_reference_s_codewords_and_scales(format, dtype):
     assert len(codewords[0].unique()) > 4
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_rotated_activations_have_the_reference_s_bits_and_then_its_codewords(bfloat16, size):
+    x = (normal(3, 1152) * torch.tensor([1.0, 1e-30, 300.0])[:, None]).to(torch.float16)  # more than a program rotates
+    x[0, 7], x[2, :256] = math.nan, 0.0
+    found = rotated(x, size, torch.float32)
+    torch.testing.assert_close(found, rotate(x.float(), size), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(rotated(x[1:], size, torch.bfloat16), rotate(x[1:].float(), size).bfloat16())
+    codewords, scales = encode(FORMATS["lobcq"], found[1:])
+    expected, expected_scales = resolved_format("lobcq", rotation=size).quantize_activations(x[1:])
+    assert torch.equal(codewords.float(), expected) and torch.equal(scales, expected_scales)
+
+
 @pytest.mark.parametrize("name", ["lobcq", "lobcq_int8"])
 def test_tokens_of_any_size_and_numbers_halfway_between_codewords(name):
     format, columns = FORMATS[name], 1088  # more than a program encodes
@@ -290,5 +303,6 @@ def test_a_compiler_is_told_the_shapes_and_types_that_come():
     weights = (stacked["weight"], stacked["weight_selector"], stacked["weight_scale"], stacked["weight_global_scale"])
     rest = (codebook_bytes(format.codebooks.weights), normal(5), 8, False, torch.bfloat16)
     torch.library.opcheck(lobcq_encode, (x, table, 8, 64), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(rotated, (x, 32, torch.bfloat16), test_utils=("test_schema", "test_faketensor"))
     for inputs in ((codewords, scales), (x, None)):  # the schema's check cannot copy E4M3
         torch.library.opcheck(lobcq_matmul, (*inputs, *weights, *rest), test_utils="test_faketensor")

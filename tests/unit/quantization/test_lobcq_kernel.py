@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qurl.quantization import FORMATS
+from qurl.quantization import FORMATS, resolved_format
+from qurl.quantization.hadamard import SIZES, rotate
 from qurl.quantization.kernels.cpu import library
 from qurl.quantization.kernels.cpu.library import PATHS, KernelsUnavailable, Library
 from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, has_kernel
@@ -141,6 +142,27 @@ def test_activations_are_quantized_bit_for_bit_as_the_format_does(name, path, dt
     codes, scales = KERNELS[name, path].quantize_activations(x)
     expected_codes, expected_scales = CASES[name].quantize_activations(x)
     assert torch.equal(codes.float(), expected_codes) and torch.equal(scales, expected_scales)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_are_rotated_before_all_else_bit_for_bit_as_the_format_does(case, size):
+    format, kernel = case
+    rotated = resolved_format(format.name, rotation=size)
+    other = LoBcqKernel(rotated, kernel._library)
+    x = normal(11, 384) * (2 * normal(11, 384, seed=1)).exp()
+    x[3, :128], x[5, 0], x[6] = 0.0, math.nan, 1.0
+    matrix = rows_of(rotated.encode(normal(20, 384, seed=2)))
+    packed = kernel.pack(matrix)
+    for tokens in (x, x.bfloat16()):
+        expected = kernel.linear(rotate(tokens.float(), size), packed, 20, None).to(tokens.dtype)
+        found = other.linear(tokens, packed, 20, None)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert not found[5].isfinite().any() and torch.equal(other.linear(tokens[:1], packed, 20, None), found[:1])
+    if not format.keeps_activations:
+        finite = x[[0, 1, 2, 3, 4, 6]]
+        codes, scales = other.quantize_activations(finite)
+        expected_codes, expected_scales = rotated.quantize_activations(finite)
+        assert torch.equal(codes.float(), expected_codes) and torch.equal(scales, expected_scales)
 
 
 def test_all_sets_of_instructions_give_the_same_bits():

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from qurl.quantization.kernels.triton.encode import encode_kernel  # noqa: E402
 from qurl.quantization.kernels.triton.matmul import add_splits_kernel, multiply_kernel  # noqa: E402
+from qurl.quantization.kernels.triton.rotate import rotate_kernel  # noqa: E402
 
 LAYOUT = {"BLOCK": 8, "ARRAY": 64}
 WEIGHT = {"weight": "*i32", "selectors": "*u8", "scales": "*u8", "global_scale": "*fp32"}
@@ -30,6 +31,7 @@ W4A16 = (
     {"out": "*bf16", "x": "*bf16", "codebooks": "*i8", "bias": "*bf16", **WEIGHT},
     LAYOUT | {"BITS": 4, "ROWS": 128, "TOKENS": 64, "SHARED": False, "PERMUTE": False},
 )
+ROTATE = ({"x": "*bf16", "out": "*fp32"}, {"STAGES": 7, "CHUNK": 1024})
 ADD = ({"out": "*bf16", "parts": "*fp32", "global_scale": "*fp32", "bias": "*bf16"}, {"ROWS": 256, "TOKENS": 4})
 
 
@@ -44,12 +46,14 @@ def test_under_the_interpreter_they_equal_the_format():
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 leaves nothing to compile")
 @pytest.mark.parametrize(
     "kernel,types,capability",
-    [(encode_kernel, ENCODE, 80), (multiply_kernel, W4A4, 90), (multiply_kernel, W4A16, 80), (add_splits_kernel, ADD, 90)],
+    [(encode_kernel, ENCODE, 80), (rotate_kernel, ROTATE, 80), (multiply_kernel, W4A4, 90), (multiply_kernel, W4A16, 80),
+     (add_splits_kernel, ADD, 90)],
 )
 def test_they_compile_for_a_gpu_to_arithmetic_that_rounds_like_the_format_s(monkeypatch, tmp_path, kernel, types, capability):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers, constants = types
-    signature = {name: pointers.get(name, "i32" if name in SIZES else "constexpr") for name in kernel.arg_names}
+    numbers = {"factor": "fp32", **dict.fromkeys(SIZES, "i32")}
+    signature = {name: (pointers | numbers).get(name, "constexpr") for name in kernel.arg_names}
     constants = {name: constants.get(name) for name, type_ in signature.items() if type_ == "constexpr"}
     aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     target = GPUTarget("cuda", capability, 32)

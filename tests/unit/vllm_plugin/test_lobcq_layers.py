@@ -9,7 +9,7 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
-from qurl.quantization import FORMATS, resolved_format
+from qurl.quantization import FORMATS, resolved_format, split_rotation
 from qurl.quantization.kernels.cpu import library
 from qurl.quantization.kernels.cpu.library import KernelsUnavailable
 from qurl.quantization.lobcq import Codebooks, Layout, LoBcq
@@ -34,44 +34,51 @@ def shape_of(*partitions, columns=192, device="cpu"):
     return LayerShape(partitions=partitions, columns=columns, dtype=torch.bfloat16, device=torch.device(device))
 
 
+def format_named(name):
+    """lobcq@16 has a rotation."""
+    plain, rotation = split_rotation(name)
+    return resolved_format(plain, rotation=rotation)
+
+
 def rows_for(format, seed=0):
     """Wire tensors of fused matrices with global scales of their own."""
-    wires = [FORMATS[format].encode(normal(rows, 192, seed=seed + i) * 4.0**i) for i, rows in enumerate(PARTITIONS)]
+    wires = [format.encode(normal(rows, 192, seed=seed + i) * 4.0**i) for i, rows in enumerate(PARTITIONS)]
     return wires, {
-        name: torch.cat([rows_of(FORMATS[format], name, wire[name], rows) for wire, rows in zip(wires, PARTITIONS, strict=True)])
+        name: torch.cat([rows_of(format, name, wire[name], rows) for wire, rows in zip(wires, PARTITIONS, strict=True)])
         for name in wires[0]
     }
 
 
 def loaded(format, seed=0):
-    layer, kernel = nn.Module(), select_kernel(FORMATS[format], nn.Module(), shape_of(*PARTITIONS))
+    layer, kernel = nn.Module(), select_kernel(format, nn.Module(), shape_of(*PARTITIONS))
     wires, rows = rows_for(format, seed)
     kernel.load(layer, rows)
     return kernel, layer, wires
 
 
-@pytest.mark.parametrize("format", NAMES)
-def test_fused_matrices_with_scales_of_their_own_equal_the_reference(format):
+@pytest.mark.parametrize("name", [*NAMES, "lobcq@64", "lobcq_w4a16@32", "nvfp4@16"])
+def test_fused_matrices_with_scales_of_their_own_equal_the_reference(name):
+    format = format_named(name)
     kernel, layer, wires = loaded(format)
-    assert isinstance(kernel, PackedLoBcq)
+    assert isinstance(kernel, PackedLoBcq if isinstance(format, LoBcq) else Decoded)
     x, bias = normal(2, 3, 192, seed=7).bfloat16(), normal(84, seed=8).bfloat16()
-    expected = torch.cat([FORMATS[format].linear(x.float(), wire) for wire in wires], dim=-1) + bias.float()
+    expected = torch.cat([format.linear(x.float(), wire) for wire in wires], dim=-1) + bias.float()
     out = kernel.apply(layer, x, bias)
     assert out.dtype == torch.bfloat16 and out.shape == (2, 3, 84)
     assert ((out.float() - expected).abs() <= 2.0**-8 * expected.abs() + 1e-4).all()  # one rounding to bfloat16
-    held = kernel.decoded(layer, FORMATS[format], PARTITIONS)
-    assert all(torch.equal(part, FORMATS[format].decode(wire)) for part, wire in zip(held, wires, strict=True))
+    held = kernel.decoded(layer, format, PARTITIONS)
+    assert all(torch.equal(part, format.decode(wire)) for part, wire in zip(held, wires, strict=True))
 
 
 def test_a_second_load_replaces_the_weights_in_the_same_storage():
-    kernel, layer, _ = loaded("lobcq", seed=0)
+    kernel, layer, _ = loaded(FORMATS["lobcq"], seed=0)
     address = layer.weight.data_ptr()
-    kernel.load(layer, rows_for("lobcq", seed=5)[1])
-    assert torch.equal(layer.weight, loaded("lobcq", seed=5)[1].weight) and layer.weight.data_ptr() == address
+    kernel.load(layer, rows_for(FORMATS["lobcq"], seed=5)[1])
+    assert torch.equal(layer.weight, loaded(FORMATS["lobcq"], seed=5)[1].weight) and layer.weight.data_ptr() == address
 
 
 def test_a_compiled_layer_is_one_node_and_computes_the_same():
-    kernel, layer, _ = loaded("lobcq")
+    kernel, layer, _ = loaded(FORMATS["lobcq"])
     x, bias = normal(3, 192, seed=7), normal(84)
     graphs = []
 

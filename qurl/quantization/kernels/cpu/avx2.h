@@ -24,8 +24,52 @@ constexpr int CHUNK = 8;  // arrays of a tile that are looked up before many tok
 
 inline bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
+// A block of 8 * REGISTERS numbers. Partners within a register are added to each other with the sign of the second turned.
+template <int REGISTERS>
+AVX2_INLINE void rotate_block(float* values) {
+    const __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi64x(static_cast<int64_t>(1ULL << 63)));
+    const __m256 odd_pairs = _mm256_setr_ps(0.0f, 0.0f, -0.0f, -0.0f, 0.0f, 0.0f, -0.0f, -0.0f);
+    const __m256 upper_half = _mm256_setr_ps(0.0f, 0.0f, 0.0f, 0.0f, -0.0f, -0.0f, -0.0f, -0.0f);
+    __m256 x[REGISTERS];
+#pragma GCC unroll 16
+    for (int k = 0; k < REGISTERS; ++k) {
+        x[k] = _mm256_loadu_ps(values + 8 * k);
+        x[k] = _mm256_add_ps(_mm256_permute_ps(x[k], 0xB1), _mm256_xor_ps(x[k], odd));
+        x[k] = _mm256_add_ps(_mm256_permute_ps(x[k], 0x4E), _mm256_xor_ps(x[k], odd_pairs));
+        x[k] = _mm256_add_ps(_mm256_permute2f128_ps(x[k], x[k], 1), _mm256_xor_ps(x[k], upper_half));
+    }
+#pragma GCC unroll 4
+    for (int half = 1; half < REGISTERS; half *= 2) {
+#pragma GCC unroll 16
+        for (int k = 0; k < REGISTERS; ++k)
+            if (!(k & half)) {
+                const __m256 first = x[k], second = x[k + half];
+                x[k] = _mm256_add_ps(first, second);
+                x[k + half] = _mm256_sub_ps(first, second);
+            }
+    }
+    const __m256 factor = _mm256_set1_ps(portable::rotation_factor(8 * REGISTERS));
+#pragma GCC unroll 16
+    for (int k = 0; k < REGISTERS; ++k) _mm256_storeu_ps(values + 8 * k, _mm256_mul_ps(x[k], factor));
+}
+
+template <int SIZE>
+AVX2_INLINE void rotate_blocks(float* values, int64_t columns) {
+    for (int64_t i = 0; i < columns; i += SIZE) rotate_block<SIZE / 8>(values + i);
+}
+
+AVX2 inline void rotate(float* values, int64_t columns, int size) {
+    if (size == 16) rotate_blocks<16>(values, columns);
+    else if (size == 32) rotate_blocks<32>(values, columns);
+    else if (size == 64) rotate_blocks<64>(values, columns);
+    else rotate_blocks<128>(values, columns);
+}
+
 AVX2 float load(const Source& source, int64_t token, int64_t columns, float* values) {
-    return load_token(source, token, columns, values);
+    const float amax = load_token(source, token, columns, values);
+    if (!source.rotation) return amax;
+    rotate(values, columns, source.rotation);
+    return largest_magnitude(values, columns);
 }
 
 AVX2_INLINE float largest_of(__m256 values) {

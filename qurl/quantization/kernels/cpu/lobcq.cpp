@@ -148,18 +148,19 @@ void qurl_lobcq_unpack(int64_t rows, int64_t columns, const uint8_t* packed, uin
     for (int64_t tile = 0; tile < matrix.tiles(); ++tile) unpack_tile(matrix, tile, codes, selectors, scales, global_scales);
 }
 
-// books: of activations. codes: int8 [tokens, columns]. scales: float32 [tokens, columns / 64], 2^8 E4M3 numbers. factors: double [tokens].
-void qurl_lobcq_encode(const Books* books, int path, const OpenMp* openmp, const void* x, int is_bfloat16, int64_t count,
-                       int64_t columns, int8_t* codes, float* scales, double* factors) {
+// books: of activations. codes: int8 [tokens, columns]. scales: float32 [tokens, columns / 64], 2^8 E4M3 numbers. factors: double
+// [tokens].
+void qurl_lobcq_encode(const Books* books, int path, const OpenMp* openmp, int rotation, const void* x, int is_bfloat16,
+                       int64_t count, int64_t columns, int8_t* codes, float* scales, double* factors) {
     std::unique_ptr<int32_t[]> offsets(new int32_t[count * columns / ARRAY]);
     Tokens tokens{count, columns, 1, books->largest, codes, scales, offsets.get(), factors};
-    run(*books, *books, path, *openmp, {x, is_bfloat16 != 0}, tokens, nullptr, {});
+    run(*books, *books, path, *openmp, {x, is_bfloat16 != 0, rotation}, tokens, nullptr, {});
 }
 
 // x: float32 or bfloat16 [count, columns]. bias: null or [rows]. out: [count, rows] in x's dtype.
-void qurl_lobcq_linear(const Books* books, const Books* activation_books, int path, const OpenMp* openmp, int keeps_activations,
-                       const void* x, int is_bfloat16, int64_t count, const uint8_t* packed, int64_t rows, int64_t columns,
-                       const void* bias, int is_bias_bfloat16, void* out) {
+void qurl_lobcq_linear(const Books* books, const Books* activation_books, int path, const OpenMp* openmp, int rotation,
+                       int keeps_activations, const void* x, int is_bfloat16, int64_t count, const uint8_t* packed, int64_t rows,
+                       int64_t columns, const void* bias, int is_bias_bfloat16, void* out) {
     const Matrix matrix{packed, rows, columns};
     const int planes = keeps_activations ? DIGITS : 1, largest = keeps_activations ? 128 : activation_books->largest;
     const int64_t numbers = count * planes * columns, arrays = numbers / ARRAY;
@@ -169,7 +170,7 @@ void qurl_lobcq_linear(const Books* books, const Books* activation_books, int pa
     char* place = static_cast<char*>(memory.get());
     Tokens tokens{count, columns, planes, largest, take<int8_t>(place, numbers), take<float>(place, arrays),
                   take<int32_t>(place, arrays), take<double>(place, count)};
-    run(*books, *activation_books, path, *openmp, {x, is_bfloat16 != 0}, tokens, &matrix,
+    run(*books, *activation_books, path, *openmp, {x, is_bfloat16 != 0, rotation}, tokens, &matrix,
         {out, is_bfloat16 != 0, bias, is_bias_bfloat16 != 0});
 }
 

@@ -5,7 +5,8 @@ how weights lie in memory, `portable.h` which sums are exact and in what order t
 instructions gives the same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format
 the activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no
 codewords: its activations become whole numbers of 23 bits with a scale for each array, which loses less than 2^-22 of the array's
-largest number, so that its products are sums of integers as well.
+largest number, so that its products are sums of integers as well. A rotation of the format turns a token's float32 numbers
+before either, with the bits of `rotate`.
 
 Sets of instructions: AVX-512 with VBMI and VNNI, AVX2, and portable C++ for all others. Tests run the AVX-512 loops by an emulation
 where the processor has no such instructions; speed not measured: AVX-512.
@@ -45,7 +46,7 @@ class LoBcqKernel:
         self._keeps_activations = format.keeps_activations
         self._weight_books = self._books(format.codebooks.weights)
         self._activation_books = self._books(format.codebooks.activations)
-        self._how = (library.path_number, library.openmp)  # arguments of what computes
+        self._how = (library.path_number, library.openmp, format.rotation)  # arguments of what computes
 
     def pack(self, wire: Mapping[str, Tensor]) -> Tensor:
         """uint8 [bytes] from wire tensors with one row per output feature, the global scale too: its matrices may be several."""
@@ -113,15 +114,15 @@ def kernel_of(format: LoBcq) -> LoBcqKernel:
 def _typed(library: Library) -> Library:
     """Tell ctypes what the functions take."""
     functions = library.functions
-    path_and_threads: list[Any] = [c_int, c_void_p]
+    how: list[Any] = [c_int, c_void_p, c_int]
     functions.qurl_lobcq_books.argtypes = [c_void_p, c_int]
     functions.qurl_lobcq_books.restype = c_void_p
     functions.qurl_lobcq_bytes.argtypes = [c_int64, c_int64]
     functions.qurl_lobcq_bytes.restype = c_int64
     functions.qurl_lobcq_pack.argtypes = functions.qurl_lobcq_unpack.argtypes = [c_int64, c_int64, *[c_void_p] * 5]
-    functions.qurl_lobcq_encode.argtypes = [c_void_p, *path_and_threads, c_void_p, c_int, c_int64, c_int64, *[c_void_p] * 3]
+    functions.qurl_lobcq_encode.argtypes = [c_void_p, *how, c_void_p, c_int, c_int64, c_int64, *[c_void_p] * 3]
     functions.qurl_lobcq_linear.argtypes = [
-        c_void_p, c_void_p, *path_and_threads, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int,
+        c_void_p, c_void_p, *how, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int,
         c_void_p,
     ]  # fmt: skip
     for name in ("pack", "unpack", "encode", "linear"):

@@ -105,8 +105,28 @@ void encode_digits(const Books&, const float* values, float token_scale, int64_t
     }
 }
 
+// Of a rotated block: a power of two where its size is one of four, else rounded.
+inline float rotation_factor(int size) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(size))); }
+
+// Blocks of `size` numbers times Sylvester's Hadamard matrix, in its stages, and then the factor.
+inline void rotate(float* values, int64_t columns, int size) {
+    for (int half = 1; half < size; half *= 2)
+        for (int64_t start = 0; start < columns; start += 2 * half)
+            for (int64_t i = start; i < start + half; ++i) {
+                const float first = values[i], second = values[i + half];
+                values[i] = first + second;
+                values[i + half] = first - second;
+            }
+    const float factor = rotation_factor(size);
+    for (int64_t i = 0; i < columns; ++i) values[i] *= factor;
+}
+
+// A token as it is encoded; returns its largest magnitude.
 float load(const Source& source, int64_t token, int64_t columns, float* values) {
-    return load_token(source, token, columns, values);
+    const float amax = load_token(source, token, columns, values);
+    if (!source.rotation) return amax;
+    rotate(values, columns, source.rotation);
+    return largest_magnitude(values, columns);
 }
 
 inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int64_t g, int8_t numbers[HEIGHT][ARRAY]) {

@@ -22,6 +22,7 @@ inline uint16_t to_bfloat16(float value) {
 struct Source {
     const void* x;  // [tokens, columns]
     bool is_bfloat16;
+    int rotation = 0;  // inputs of a block that is rotated, see qurl.quantization.hadamard; 0: none
 };
 
 struct Target {
@@ -31,14 +32,8 @@ struct Target {
     bool is_bias_bfloat16;
 };
 
-// A token as float32, and its largest magnitude: Inf or NaN where it has one.
-inline __attribute__((always_inline)) float load_token(const Source& source, int64_t token, int64_t columns, float* values) {
-    if (source.is_bfloat16) {
-        const uint16_t* x = static_cast<const uint16_t*>(source.x) + token * columns;
-        for (int64_t i = 0; i < columns; ++i) values[i] = from_bfloat16(x[i]);
-    } else {
-        std::memcpy(values, static_cast<const float*>(source.x) + token * columns, static_cast<size_t>(columns) * 4);
-    }
+// Inf or NaN where there is one.
+inline __attribute__((always_inline)) float largest_magnitude(const float* values, int64_t columns) {
     int32_t largest = 0;
     for (int64_t i = 0; i < columns; ++i) {
         int32_t bits;
@@ -49,6 +44,17 @@ inline __attribute__((always_inline)) float load_token(const Source& source, int
     float amax;
     std::memcpy(&amax, &largest, 4);
     return amax;
+}
+
+// A token as float32, not rotated yet, and its largest magnitude.
+inline __attribute__((always_inline)) float load_token(const Source& source, int64_t token, int64_t columns, float* values) {
+    if (source.is_bfloat16) {
+        const uint16_t* x = static_cast<const uint16_t*>(source.x) + token * columns;
+        for (int64_t i = 0; i < columns; ++i) values[i] = from_bfloat16(x[i]);
+    } else {
+        std::memcpy(values, static_cast<const float*>(source.x) + token * columns, static_cast<size_t>(columns) * 4);
+    }
+    return largest_magnitude(values, columns);
 }
 
 // Rows first to first + count of a token: + bias, rounded once to float32 and once to the dtype. rows: of a token.

@@ -1,5 +1,6 @@
 """LO-BCQ on a GPU, in Triton: weights stay packed as they travel, codewords are multiplied as the small whole numbers they are.
 
+    rotate     activations, where the format has a rotation
     encode     activations: per token a global scale, E4M3 scales of arrays, the search of all books
     codewords  packed codes -> codewords, by byte permutes or by gathers
     matmul     codewords times codewords (W4A4), or times activations (W4A16), rescaled per array
@@ -15,5 +16,6 @@ The only package of qurl that imports Triton; only the code that chooses a kerne
 from qurl.quantization.kernels.triton.codewords import codebook_bytes, nearest_codewords
 from qurl.quantization.kernels.triton.encode import lobcq_encode
 from qurl.quantization.kernels.triton.matmul import lobcq_matmul
+from qurl.quantization.kernels.triton.rotate import rotated
 
-__all__ = ["codebook_bytes", "lobcq_encode", "lobcq_matmul", "nearest_codewords"]
+__all__ = ["codebook_bytes", "lobcq_encode", "lobcq_matmul", "nearest_codewords", "rotated"]
