@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from qurl.quantization import FORMATS, resolved_format
+from qurl.quantization import FORMATS
 from qurl.quantization.hadamard import SIZES, rotate
 from qurl.quantization.kernels.cpu import library
 from qurl.quantization.kernels.cpu.library import PATHS, KernelsUnavailable, Library
 from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, has_kernel
 from qurl.quantization.lobcq import CodebookSets, LayerCodebooks, Layout, LoBcq
 from qurl.quantization.packing import unpack, unpack_bits
+from qurl.quantization.rotation import with_rotation
 
 try:
     LOADED = library.load()
@@ -147,7 +148,7 @@ def test_activations_are_quantized_bit_for_bit_as_the_format_does(name, path, dt
 @pytest.mark.parametrize("size", SIZES)
 def test_tokens_are_rotated_before_all_else_bit_for_bit_as_the_format_does(case, size):
     format, kernel = case
-    rotated = resolved_format(format.name, rotation=size)
+    rotated = with_rotation(format, size)
     other = LoBcqKernel(rotated, kernel._library)
     x = normal(11, 384) * (2 * normal(11, 384, seed=1)).exp()
     x[3, :128], x[5, 0], x[6] = 0.0, math.nan, 1.0
