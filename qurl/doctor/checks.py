@@ -136,10 +136,11 @@ def _precisions(machine: Hardware) -> Iterator[Finding]:
         return
     has = machine.cpu_flags.__contains__
     bf16 = "AMX" if has("amx_bf16") else "AVX512_BF16" if has("avx512_bf16") else ""
-    yield _native("int8", machine.int8_instructions, "the right numbers, by floating-point products")
+    yield Finding(Level.ok, "int8", f"native ({machine.int8_instructions or 'AVX2, compiled on first use'})")
     yield _native("bf16", bf16, "consider rollout.engine_args.dtype=float32")
     yield Finding(Level.ok, "fp8, fp8_block", "emulated on every CPU: exact numbers, slow")
-    yield Finding(Level.ok, "formats of 4 bits", "emulated everywhere: exact numbers, the speed of float32")
+    yield Finding(Level.ok, "lobcq, axbxp_k2l2, axbxp_k1l3", "native (AVX2, compiled on first use)")
+    yield Finding(Level.ok, "other formats of 4 bits", "emulated everywhere: exact numbers, the speed of float32")
 
 
 def _native(name: str, instructions: str, otherwise: str) -> Finding:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from qurl.config.guard import GuardAction, GuardConfig
 from qurl.config.learner import LearnerDtype
 from qurl.config.run import TrainConfig
-from qurl.hardware import Hardware
 from qurl.learner.deepspeed_config import deepspeed_config, offload_device
 from qurl.learner.policy import LOGIT_BYTES
 from qurl.plan.model_facts import ModelFacts
@@ -113,28 +112,23 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
     return math.ceil(total)
 
 
-def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], machine: Hardware, device: str) -> int:
-    """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits are held decoded, in four bytes a weight, and
-    so is INT8 on a CPU without instructions for it where activations are not bfloat16. Ax-BxP is multiplied as INT8, beside the
-    codes of the wire unless they are packed. The larger of the two where guard may have the engine hold them without
-    quantization."""
+def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], device: str) -> int:
+    """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits are held decoded, in four bytes a weight; on a
+    GPU packed Ax-BxP is expanded to INT8. Ax-BxP that is not packed is multiplied as INT8, beside the codes of the wire. The larger
+    of the two where guard may have the engine hold them without quantization."""
     if config.guard.action is GuardAction.full_precision and targets:
         ordinary = replace(config, guard=GuardConfig())
-        quantized = engine_weight_bytes(ordinary, model, targets, machine, device)
+        quantized = engine_weight_bytes(ordinary, model, targets, device)
         return max(quantized, wire_bytes(config, model, frozenset()))
     on_wire = wire_bytes(config, model, targets)
     quantization = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks)
-    is_wide = quantization.name == "int8" and config.rollout.dtype != "bfloat16" and device == "cpu"
-    is_emulated = is_wide and bool(machine.cpu_flags) and not machine.int8_instructions
     shapes = [shape for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets]
-    if isinstance(quantization, AxBxP):
-        as_int8 = replace(config, quantization=replace(config.quantization, format="int8", precision=None))
-        codes = 0 if isinstance(quantization, PackedAxBxP) else sum(map(math.prod, shapes))
-        return engine_weight_bytes(as_int8, model, targets, machine, device) + codes
-    if not is_emulated and not isinstance(quantization, GroupedFormat):
+    if isinstance(quantization, PackedAxBxP) and device != "cpu":
+        return wire_bytes(replace(config, quantization=replace(config.quantization, format="int8", precision=None)), model, targets)
+    if isinstance(quantization, AxBxP) and not isinstance(quantization, PackedAxBxP):
+        return on_wire + sum(map(math.prod, shapes))
+    if not isinstance(quantization, GroupedFormat):
         return on_wire
-    if is_emulated:
-        return on_wire + 3 * sum(map(math.prod, shapes))
     return on_wire + math.ceil(sum(math.prod(shape) * (32.0 - quantization.bits_per_weight(shape)) / 8 for shape in shapes))
 
 

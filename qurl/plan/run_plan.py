@@ -82,7 +82,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     learner = learner_memory(config, model, wire, targets)
     if (critic := read_critic_facts(config, model)) is not None:
         learner = learner.with_critic(learner_memory(config, critic, 0, frozenset()))
-    held = engine_weight_bytes(config, model, targets, machine, placement.device)
+    held = engine_weight_bytes(config, model, targets, placement.device)
     batches = [plan_batch(config, stage) for stage in range(len(config.stages) + 1)]
     engines = [
         engine_memory(config, model, held, batch.longest_tokens, batch.num_samples_per_engine, placement.device)

@@ -13,7 +13,9 @@ Codes that are multiplied and lookups stay in their storage, which captured CUDA
 other does not change, so on a GPU the group of the activations and -noll are those that the engine was started with. Under tensor
 parallelism that divides the inputs of a layer, groups begin anew with each rank's part.
 
-Packed formats hold the kept blocks alone. They are expanded when they are loaded and run as int8; their precision is fixed."""
+Packed formats hold the kept blocks alone, and their precision is fixed. On the CPU they stay packed, and C++ that is compiled on
+first use (qurl.vllm_plugin.int8) expands them as it multiplies. Elsewhere, and where there is no compiler, they are expanded when
+they are loaded and run as int8."""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP, Precision
 from qurl.quantization.axbxp.blocks import activation_table, keep, look_up, lower_parts, lower_table, weight_table
 from qurl.quantization.base import QuantizationFormat
-from qurl.vllm_plugin import compat
+from qurl.quantization.kernels.cpu.library import KernelsUnavailable
+from qurl.vllm_plugin import compat, int8
 from qurl.vllm_plugin.kernels import (
     CodeKernel,
     CodeProduct,
@@ -39,6 +42,7 @@ from qurl.vllm_plugin.kernels import (
     cpu_code_product,
     into_storage,
     select_kernel,
+    warn_once,
 )
 
 MOST_ROWS = 7
@@ -47,7 +51,14 @@ MOST_ROWS = 7
 
 def select_axbxp_kernel(format: AxBxP, layer: Any, shape: LayerShape) -> LinearKernel:
     """The kernel of a layer. Raises ValueError where the device has none."""
-    return ExpandedAxBxP(format, layer, shape) if isinstance(format, PackedAxBxP) else AxBxPKernel(format, shape)
+    if not isinstance(format, PackedAxBxP):
+        return AxBxPKernel(format, shape)
+    if int8.is_for(format, shape):
+        try:
+            return int8.CompiledInt8(format, shape)
+        except KernelsUnavailable as error:
+            warn_once(f"{format.name} is expanded to INT8 when it is loaded ({error})")
+    return ExpandedAxBxP(format, layer, shape)
 
 
 class ExpandedAxBxP(LinearKernel):

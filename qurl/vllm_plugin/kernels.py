@@ -1,8 +1,8 @@
 """What multiplies: one kernel per layer, chosen once from format, device, dtype and shape.
 
     int8       CPU: vLLM's AMX kernel where the CPU has AMX, activations are bfloat16 and the shape fits; else oneDNN. On a CPU
-               without VNNI oneDNN's products are wrong: there torch's kernel for INT8 weights where activations are bfloat16
-               and the shape fits, else float32 products.
+               without VNNI oneDNN's products are wrong: there C++ that is compiled on first use, see qurl.vllm_plugin.int8
+               (where that fails, float32 products).
                GPU: vLLM's choice (CUTLASS first).
     fp8        CPU: exact emulation in float32. GPU: vLLM's choice of W8A8 kernel.
     fp8_block  the same.
@@ -22,12 +22,13 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
+from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.grouped import GroupedFormat
@@ -143,9 +144,15 @@ def _cpu_int8_kernel(shape: LayerShape) -> LinearKernel:
 
 def cpu_code_product(shape: LayerShape) -> CodeProduct:
     """The fastest exact product of codes on this CPU but for AMX, whose kernel takes no codes."""
+    from qurl.vllm_plugin.int8 import CompiledInt8
+
     if compat.onednn_int8_is_exact():
         return OneDnnInt8(shape)
-    return NarrowInt8(shape) if shape.dtype == torch.bfloat16 and shape.columns % NarrowInt8.COLUMNS == 0 else WideInt8(shape)
+    try:
+        return CompiledInt8(FORMATS["int8"], shape)
+    except KernelsUnavailable as error:
+        warn_once(f"INT8 codes are multiplied in floating point: this CPU has no VNNI, without which oneDNN is wrong ({error})")
+        return FloatingInt8(shape)
 
 
 class AmxInt8(CodeKernel):
@@ -193,59 +200,22 @@ class OneDnnInt8(CodeProduct):
 
 
 class FloatingInt8(CodeProduct):
-    """INT8 codes that are multiplied in floating point, for CPUs without INT8 instructions: whole numbers below 2^24 are exact in
-    float32, and so are their sums, in whatever order."""
-
-    HELD: ClassVar[torch.dtype]  # of the codes in memory
+    """INT8 codes held as float32, for CPUs without INT8 instructions or a compiler: four bytes a weight, and the speed of a float32
+    product, exact while sums stay below 2^24."""
 
     def __init__(self, shape: LayerShape) -> None:
-        self.codes = self.scale = self.row_scale = torch.empty(0)
-        self.ones = torch.ones(shape.rows, dtype=torch.bfloat16)
-
-    @abstractmethod
-    def sums(self, codes: Tensor) -> Tensor:
-        """Activation codes int8 [T, I] times weight codes: [T, O], bfloat16 or float32."""
+        self.codes = self.scale = torch.empty(0)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.codes = into_storage(self.codes, rows["weight"].to(self.HELD))
+        self.codes = into_storage(self.codes, rows["weight"].float())
         self.scale = into_storage(self.scale, rows["weight_scale"])
-        self.row_scale = self.scale.view(1, -1)
 
     def multiply(self, layer: Any, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        out = (self.sums(codes) * scale).mul_(self.row_scale)  # float32
+        out = functional.linear(codes.float(), self.codes).mul_(scale).mul_(self.scale.view(1, -1))
         return (out if bias is None else out.add_(bias)).to(dtype)
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
         return self.codes.to(torch.int8), self.scale
-
-
-class NarrowInt8(FloatingInt8):
-    """INT8 weights, widened in registers, times activation codes in bfloat16, which holds them exactly: torch's kernel for
-    weight-only quantization. It rounds the sum to bfloat16, so results are rounded twice.
-
-    For many tokens float32 products over widened blocks of rows are faster; their sums are rounded alike."""
-
-    HELD = torch.int8
-    COLUMNS: ClassVar[int] = 32  # of which the kernel wants a multiple; with others it reads beyond the end
-    MANY_TOKENS: ClassVar[int] = 48
-    ROWS: ClassVar[int] = 512  # of a block
-
-    def sums(self, codes: Tensor) -> Tensor:
-        """bfloat16 [T, O]"""
-        if len(codes) < self.MANY_TOKENS:
-            return torch._weight_int8pack_mm(codes.bfloat16(), self.codes, self.ones)
-        wide = codes.float()
-        return torch.cat([functional.linear(wide, block.float()) for block in self.codes.split(self.ROWS)], dim=1).bfloat16()
-
-
-class WideInt8(FloatingInt8):
-    """Codes held as float32: the speed of a float32 matrix product, four bytes a weight."""
-
-    HELD = torch.float32
-
-    def sums(self, codes: Tensor) -> Tensor:
-        """float32 [T, O]"""
-        return functional.linear(codes.float(), self.codes)
 
 
 class Emulation(CodeKernel):
@@ -394,10 +364,15 @@ def _announce(format: QuantizationFormat, kernel: LinearKernel, reason: str) -> 
     _announced.add(name)
     if isinstance(kernel, Emulation | Decoded):
         logger.warning("%s is emulated on this device%s: exact codes and scales, float32 products, slow", format.name, reason)
-    elif isinstance(kernel, FloatingInt8):
-        logger.warning("this CPU has no VNNI, without which oneDNN's INT8 products are wrong: int8 is multiplied in floating point")
     else:
         logger.info("%s linear layers run on %s", format.name, type(kernel).__name__)
+
+
+def warn_once(message: str) -> None:
+    """In this process."""
+    if message not in _announced:
+        _announced.add(message)
+        logger.warning("%s", message)
 
 
 def as_parameter(tensor: Tensor) -> Parameter:

@@ -133,12 +133,14 @@ def test_an_engine_holds_formats_of_four_bits_in_four_bytes_a_weight_and_the_pla
     assert any("nvfp4 is emulated" in warning for warning in planned.warnings)
 
 
-def test_an_engine_of_ax_bxp_holds_int8_and_beside_it_the_codes_of_the_wire_unless_they_are_packed(needed: list[str]) -> None:
+def test_an_engine_of_ax_bxp_holds_int8_and_beside_it_the_codes_of_the_wire_or_packed_ones_as_they_are(needed: list[str]) -> None:
     names = ("int8", "axbxp", "axbxp_k2l2")
     int8, axbxp, packed = (plan([*needed, f"quantization={name}"]) for name in names)
     quantized = sum(math.prod(shape) for name, shape in int8.model.parameters.items() if name.endswith("_proj.weight"))
     assert axbxp.wire_bytes == int8.wire_bytes > packed.wire_bytes
-    assert axbxp.engine.weights == int8.engine.weights + quantized and packed.engine.weights == int8.engine.weights
+    assert axbxp.engine.weights == int8.engine.weights + quantized and packed.engine.weights == packed.wire_bytes
+    on_gpu = plan([*needed, "quantization=axbxp_k2l2", "cluster=gpu"], with_gpus(8))
+    assert on_gpu.engine.weights == int8.wire_bytes  # where it is expanded
 
 
 def test_zero_stages_shard_what_they_say(needed: list[str]) -> None:
@@ -359,19 +361,6 @@ def test_a_reward_module_that_ends_its_process_does_not_end_ours(needed: list[st
     (tmp_path / "ends.py").write_text("import os\nos._exit(4)\n")
     with pytest.raises(ValueError, match=r"reward\.function=.*ends\.py.*died \(exit code 4\)"):
         plan([*needed, f"reward.function='{tmp_path}/ends.py:score'"])
-
-
-def test_int8_without_instructions_for_it_is_held_in_four_bytes_a_weight(needed: list[str]) -> None:
-    flags = ("fma", "avx512_vnni", "amx_int8")
-    machines = {flag: dataclasses.replace(LAPTOP, cpu_flags=frozenset(["avx2", flag])) for flag in flags}
-    float32 = [*needed, "quantization=int8", "rollout.engine_args.dtype=float32"]
-    held = {name: plan(float32, machine).engine.weights for name, machine in machines.items()}
-    assert held["avx512_vnni"] == held["amx_int8"] == plan(float32).wire_bytes
-    in_bfloat16 = plan([*needed, "quantization=int8"], machines["fma"])
-    assert in_bfloat16.engine.weights == in_bfloat16.wire_bytes
-    facts = plan(float32).model
-    codes = sum(math.prod(facts.parameters[f"{name}.weight"]) for name in facts.linear_names if name != "lm_head")
-    assert held["fma"] == held["amx_int8"] + 3 * codes
 
 
 def test_a_cut_distribution_is_told_since_the_learner_s_is_whole(needed: list[str]) -> None:

@@ -8,7 +8,10 @@ pytest.importorskip("vllm")
 
 from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import AxBxP, parse
+from qurl.quantization.kernels.cpu import library
+from qurl.quantization.kernels.cpu.library import KernelsUnavailable
 from qurl.vllm_plugin.axbxp import AxBxPKernel, ExpandedAxBxP
+from qurl.vllm_plugin.int8 import CompiledInt8
 from qurl.vllm_plugin.kernels import LayerShape, select_kernel
 
 SETTINGS = [
@@ -59,13 +62,29 @@ def test_a_layer_computes_what_the_format_says(setting, partitions, columns, dty
     assert all(torch.equal(part, format.decode(wire)) for part, wire in zip(held, wires, strict=True))
 
 
+@pytest.fixture(params=["compiled", "expanded"])
+def packed_kernel(request, monkeypatch):
+    """The class that packed formats get, with a compiler and without."""
+    if request.param == "expanded":
+        def unavailable(format):
+            raise KernelsUnavailable("there is no C++ compiler; install g++ or set CXX")
+
+        monkeypatch.setattr("qurl.vllm_plugin.int8.kernel_of", unavailable)
+        return ExpandedAxBxP
+    try:
+        library.load()
+    except KernelsUnavailable as error:
+        pytest.skip(f"no compiled kernels: {error}")
+    return CompiledInt8
+
+
 @pytest.mark.parametrize("name", ["axbxp_k2l2", "axbxp_k1l3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_format_runs_as_int8_on_what_it_expands_to(name, dtype):
+def test_a_packed_format_runs_as_int8_on_what_it_expands_to(packed_kernel, name, dtype):
     partitions, columns = [33, 7], 96
     kernel, layer, format, wires = loaded(name, partitions, columns, dtype)
     x = tokens(columns, dtype)
-    assert isinstance(kernel, ExpandedAxBxP)
+    assert isinstance(kernel, packed_kernel)
     assert_equals_the_format(kernel.apply(layer, x, layer.bias), x, format, wires, layer.bias)
     held = kernel.decoded(layer, format, partitions)
     assert all(torch.equal(part, format.decode(wire)) for part, wire in zip(held, wires, strict=True))
@@ -87,11 +106,11 @@ def test_a_switch_keeps_the_storage_that_graphs_read():
     held = [kernel.codes, kernel.scale, layer.activation_values, layer.activation_lowest]
     addresses = [tensor.data_ptr() for tensor in held]
     product = kernel.product
-    multiplied = getattr(product, "codes", kernel.codes).data_ptr()
+    multiplied = [value.data_ptr() for value in vars(product).values() if isinstance(value, torch.Tensor)]
     kernel.set_precision(layer, parse("k4-w1-a2"))
     now = [kernel.codes, kernel.scale, layer.activation_values, layer.activation_lowest]
     assert kernel.product is product and [tensor.data_ptr() for tensor in now] == addresses
-    assert getattr(product, "codes", kernel.codes).data_ptr() == multiplied
+    assert [value.data_ptr() for value in vars(product).values() if isinstance(value, torch.Tensor)] == multiplied
 
 
 def test_new_weights_come_in_the_precision_that_was_switched_to():

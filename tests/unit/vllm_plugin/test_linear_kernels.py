@@ -8,25 +8,24 @@ pytest.importorskip("vllm")
 
 from qurl.quantization import FORMATS
 from qurl.quantization.grouped import GroupedFormat
+from qurl.quantization.kernels.cpu import library
+from qurl.quantization.kernels.cpu.library import KernelsUnavailable
 from qurl.vllm_plugin import compat
+from qurl.vllm_plugin.int8 import CompiledInt8
 from qurl.vllm_plugin.kernels import (
     AmxInt8,
     Decoded,
     Emulation,
+    FloatingInt8,
     LayerShape,
-    NarrowInt8,
     OneDnnInt8,
-    WideInt8,
     rows_of,
     select_kernel,
     wire_of,
 )
 
 DTYPES = (torch.float32, torch.bfloat16)
-EXACT_INT8 = [
-    pytest.param(OneDnnInt8, marks=pytest.mark.skipif(not compat.onednn_int8_is_exact(), reason="needs VNNI")),
-    WideInt8,
-]
+INT8 = (OneDnnInt8, CompiledInt8, FloatingInt8)
 
 
 def loaded(kernel_class, partitions, columns, dtype, *, format="int8", with_bias=True, seed=0):
@@ -36,7 +35,8 @@ def loaded(kernel_class, partitions, columns, dtype, *, format="int8", with_bias
     layer.bias = nn.Parameter(torch.randn(sum(partitions), generator=generator).to(dtype)) if with_bias else None
     wires = [FORMATS[format].encode(torch.randn(rows, columns, generator=generator)) for rows in partitions]
     shape = LayerShape(partitions=tuple(partitions), columns=columns, dtype=dtype, device=torch.device("cpu"))
-    kernel = kernel_class(FORMATS[format], shape) if kernel_class in (Emulation, Decoded) else kernel_class(shape)
+    takes_format = kernel_class in (CompiledInt8, Emulation, Decoded)
+    kernel = kernel_class(FORMATS[format], shape) if takes_format else kernel_class(shape)
     rows = {
         name: torch.cat([rows_of(FORMATS[format], name, wire[name], size) for wire, size in zip(wires, partitions, strict=True)])
         for name in wires[0]
@@ -56,33 +56,17 @@ def ulp(values, dtype):
     return values.abs().clamp(min=1e-3) * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("kernel_class", EXACT_INT8)
+@pytest.mark.parametrize("kernel_class", INT8)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 5, 33])
 @pytest.mark.parametrize("partitions,columns", [([80], 96), ([64, 32, 32], 128), ([7, 7], 13)])
 def test_int8_equals_the_reference(kernel_class, partitions, columns, num_tokens, dtype):
+    skip_where_impossible(kernel_class)
     kernel, layer, wires, _ = loaded(kernel_class, partitions, columns, dtype)
     x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = reference("int8", x, wires, layer.bias)
     # integer sums are exact; what remains is the order of three float32 products and one rounding to dtype
     assert ((kernel.apply(layer, x, layer.bias).float() - expected).abs() <= 4 * ulp(expected, dtype) + 1e-6).all()
-
-
-@pytest.mark.parametrize("num_tokens", [1, 5, NarrowInt8.MANY_TOKENS + 1])
-@pytest.mark.parametrize("partitions,columns", [([80], 96), ([63, 31, 7], 128), ([1], 1056)])
-def test_narrow_int8_equals_the_reference_up_to_two_roundings(partitions, columns, num_tokens):
-    kernel, layer, wires, _ = loaded(NarrowInt8, partitions, columns, torch.bfloat16)
-    x = torch.randn(num_tokens, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
-    product, expected = (reference("int8", x, wires, bias) for bias in (None, layer.bias))
-    # half a unit for the sum, which the bias may then cancel, and half a unit for the result
-    allowed = (ulp(product, torch.bfloat16) + ulp(expected, torch.bfloat16)) / 2
-    assert ((kernel.apply(layer, x, layer.bias).float() - expected).abs() <= 1.01 * allowed).all()
-
-
-def test_a_token_s_narrow_product_does_not_depend_on_how_many_tokens_there_are():
-    kernel, layer, _, _ = loaded(NarrowInt8, [700, 33], 1056, torch.bfloat16)
-    x = torch.randn(NarrowInt8.MANY_TOKENS, 1056, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.equal(kernel.apply(layer, x, layer.bias)[:5], kernel.apply(layer, x[:5], layer.bias))
 
 
 @pytest.mark.skipif(not compat.amx_int8_usable(64, 64, torch.bfloat16), reason="needs AMX")
@@ -139,12 +123,17 @@ def skip_where_impossible(kernel_class, dtype=torch.bfloat16):
         pytest.skip("needs AMX")
     if kernel_class is OneDnnInt8 and not compat.onednn_int8_is_exact():
         pytest.skip("needs VNNI")
+    if kernel_class is CompiledInt8:
+        try:
+            library.load()
+        except KernelsUnavailable as error:
+            pytest.skip(f"no compiled kernels: {error}")
 
 
-INT8_KERNELS = [(kernel, dtype) for kernel in (OneDnnInt8, WideInt8) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+INT8_KERNELS = [(kernel, dtype) for kernel in INT8 for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
-@pytest.mark.parametrize("kernel_class,dtype", [*INT8_KERNELS, (NarrowInt8, torch.bfloat16), (AmxInt8, torch.bfloat16)])
+@pytest.mark.parametrize("kernel_class,dtype", [*INT8_KERNELS, (AmxInt8, torch.bfloat16)])
 @pytest.mark.parametrize("magnitude", [1.0, 1e-7])
 def test_read_back_finds_every_code_in_a_packed_layout(kernel_class, dtype, magnitude):
     skip_where_impossible(kernel_class, dtype)
@@ -156,7 +145,7 @@ def test_read_back_finds_every_code_in_a_packed_layout(kernel_class, dtype, magn
     assert torch.equal(codes, wire["weight"]) and torch.equal(scale, wire["weight_scale"])
 
 
-@pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8, NarrowInt8, WideInt8])
+@pytest.mark.parametrize("kernel_class", [*INT8, AmxInt8])
 def test_a_second_load_replaces_weights_and_bias_in_the_same_storage(kernel_class):
     skip_where_impossible(kernel_class)
     kernel, layer, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16, seed=0)
@@ -188,7 +177,7 @@ def test_the_kernel_that_is_chosen_computes_the_largest_codes_right(dtype, colum
     assert ((kernel.apply(nn.Module(), x, None).float() - expected).abs() <= ulp(expected, dtype)).all()
 
 
-@pytest.mark.parametrize("kernel_class", [OneDnnInt8, AmxInt8, NarrowInt8, WideInt8])
+@pytest.mark.parametrize("kernel_class", [*INT8, AmxInt8])
 def test_a_token_of_zeros_gives_the_bias(kernel_class):
     skip_where_impossible(kernel_class)
     kernel, layer, _, _ = loaded(kernel_class, [64], 64, torch.bfloat16)

@@ -1,10 +1,10 @@
 """INT8 linear layers on the CPU, with weights of 8 bits or, of Ax-BxP, the kept blocks alone.
 
-`int8_tiles.h` says how weights lie in memory, `int8_portable.h` what is computed: exact sums of integers, then float32, in the order
-of Int8.linear, so that results are its bits. Kept blocks give what the codes give that they expand to. A token with NaN or Inf gives
-NaN everywhere.
+`int8_tiles.h` says how weights lie in memory, `int8_portable.h` what is computed: exact sums of integers, then float32, in the
+order of Int8.linear, so that results are its bits. Kept blocks give what the codes give that they expand to. A token with NaN or
+Inf gives NaN everywhere.
 
-Sets of instructions: AVX2 and portable C++."""
+Sets of instructions: AVX2 and portable C++. Other processors take one of these two."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Int8Kernel:
             codes = wire["weight"].contiguous()
         if codes.shape[1] > MOST_COLUMNS:
             raise ValueError(
-                f"a layer of {codes.shape[1]} inputs has sums beyond 32 bits; add it to quantization.ignore, or divide it by tensor "
-                f"parallelism into parts of up to {MOST_COLUMNS}"
+                f"a layer of {codes.shape[1]} inputs has sums beyond 32 bits, which parts of {MOST_COLUMNS} do not; add it to "
+                "quantization.ignore or raise rollout.tensor_parallel_size"
             )
         packed = torch.empty(self._functions.qurl_int8_bytes(self._address, *codes.shape), dtype=torch.uint8)
         self._functions.qurl_int8_pack(
