@@ -71,7 +71,7 @@ class Contender:
 
 def run_kernel_bench(
     shapes: Sequence[str] = ("4096x4096", "1.4b"),
-    formats: Sequence[str] = ("none", "int8", "lobcq", "lobcq_int8", "lobcq_w4a16"),
+    formats: Sequence[str] = ("none", "int8", "axbxp_k2l2", "axbxp_k1l3", "lobcq", "lobcq_int8", "lobcq_w4a16"),
     batch_sizes: Sequence[int] = (1, 4, 16),
     *,
     num_rounds: int = 15,

@@ -16,15 +16,16 @@ def test_rows_pair_formats_and_say_what_ran():
     except KernelsUnavailable as error:
         pytest.skip(f"no compiled kernels: {error}")
     threads = torch.get_num_threads()
-    rows = run_kernel_bench(["64x128"], ["none", "int8", "onednn_int8", "lobcq", "nvfp4"], [1, 3], num_rounds=3, num_threads=1,
-                            cache_bytes=1 << 16)  # fmt: skip
-    assert [(row.num_tokens, row.format) for row in rows] == [
-        (tokens, name) for tokens in (1, 3) for name in ("none", "int8", "onednn_int8", "lobcq", "nvfp4")
-    ]
-    found = {row.format: row for row in rows[:5]}
+    names = ["none", "int8", "onednn_int8", "lobcq", "nvfp4", "axbxp_k2l2", "axbxp_k1l3"]
+    rows = run_kernel_bench(["64x128"], names, [1, 3], num_rounds=3, num_threads=1, cache_bytes=1 << 16)
+    assert [(row.num_tokens, row.format) for row in rows] == [(tokens, name) for tokens in (1, 3) for name in names]
+    found = {row.format: row for row in rows[: len(names)]}
     assert found["none"].ratio_min == found["none"].ratio_max == 1.0 and found["none"].bytes_per_weight == 2.0
     assert found["lobcq"].kernel == "PackedLoBcq" and found["nvfp4"].kernel == "Decoded" and found["nvfp4"].bytes_per_weight == 4.0
     assert found["lobcq"].bytes_per_weight == 37 / 64 + 8 / 128  # and a double for each row
+    row_scale = 4 / 128
+    assert found["axbxp_k2l2"].bytes_per_weight == 5.125 / 8 + row_scale
+    assert found["axbxp_k1l3"].kernel == "CompiledInt8" and found["axbxp_k1l3"].bytes_per_weight == 4.1875 / 8 + row_scale
     assert found["onednn_int8"].kernel == "OneDnnInt8" and found["onednn_int8"].is_exact in (False, True)
     for row in rows:
         assert row.ratio_min <= row.ratio <= row.ratio_max and row.baseline == "none" and row.matrix == "64x128"

@@ -101,11 +101,12 @@ int64_t qurl_int8_bytes(const int8::Layout* layout, int64_t rows, int64_t column
     return int8::Matrix{*layout, nullptr, rows, columns}.bytes();
 }
 
-// codes: int8 [rows, columns]. lowest: uint8 [rows, columns / 16]; null where codes are whole.
+// codes, signs, lowest: see Wire.
 void qurl_int8_pack(const int8::Layout* layout, const OpenMp* openmp, int64_t rows, int64_t columns, uint8_t* packed,
-                    const int8_t* codes, const uint8_t* lowest) {
+                    const uint8_t* codes, const uint8_t* signs, const uint8_t* lowest) {
     const int8::Matrix matrix{*layout, packed, rows, columns};
-    int8::for_each(*openmp, matrix.tiles(), [&](int64_t tile) { int8::pack_tile(matrix, tile, packed, codes, lowest); });
+    const int8::Wire wire{codes, signs, lowest};
+    int8::for_each(*openmp, matrix.tiles(), [&](int64_t tile) { int8::pack_tile(matrix, tile, packed, wire); });
 }
 
 void qurl_int8_unpack(const int8::Layout* layout, const OpenMp* openmp, int64_t rows, int64_t columns, const uint8_t* packed,

@@ -19,7 +19,7 @@ from torch import Tensor
 from qurl.quantization.axbxp import PackedAxBxP
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.kernels.cpu.library import Library, load
-from qurl.quantization.packing import unpack_bits
+from qurl.quantization.packing import is_packed
 
 MOST_COLUMNS = 2**17 - 1
 """Whose products of two codes of -128 a sum of 32 bits holds."""
@@ -55,23 +55,18 @@ class Int8Kernel:
         self._openmp = library.openmp
 
     def pack(self, wire: Mapping[str, Tensor]) -> Tensor:
-        """uint8 [bytes] from wire tensors of all but the scales; ValueError for more inputs than sums of 32 bits hold."""
-        lowest = None
-        if isinstance(self._format, PackedAxBxP):
-            codes = self._format.codes(wire).contiguous()
-            lowest = unpack_bits(wire["weight_index"], self._format.index_bits, codes.shape[1] // _GROUP).contiguous()
-        else:
-            codes = wire["weight"].contiguous()
-        if codes.shape[1] > MOST_COLUMNS:
+        """uint8 [bytes] from the wire tensors but for the scales; ValueError for more inputs than sums of 32 bits hold."""
+        tensors = {name: tensor.contiguous() for name, tensor in wire.items()}
+        rows, columns = tensors["weight"].shape
+        columns *= 2 if is_packed(tensors["weight"]) else 1
+        if columns > MOST_COLUMNS:
             raise ValueError(
-                f"a layer of {codes.shape[1]} inputs has sums beyond 32 bits, which parts of {MOST_COLUMNS} do not; add it to "
+                f"a layer of {columns} inputs has sums beyond 32 bits, which parts of {MOST_COLUMNS} do not; add it to "
                 "quantization.ignore or raise rollout.tensor_parallel_size"
             )
-        packed = torch.empty(self._functions.qurl_int8_bytes(self._address, *codes.shape), dtype=torch.uint8)
-        self._functions.qurl_int8_pack(
-            self._address, self._openmp, *codes.shape, packed.data_ptr(), codes.data_ptr(),
-            None if lowest is None else lowest.data_ptr(),
-        )  # fmt: skip
+        packed = torch.empty(self._functions.qurl_int8_bytes(self._address, rows, columns), dtype=torch.uint8)
+        parts = [tensors[name].data_ptr() if name in wire else None for name in ("weight", "weight_sign", "weight_index")]
+        self._functions.qurl_int8_pack(self._address, self._openmp, rows, columns, packed.data_ptr(), *parts)
         return packed
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> Tensor:
@@ -136,7 +131,7 @@ def _typed(library: Library) -> Library:
     sizes: list[Any] = [c_int64, c_int64]
     functions.qurl_int8_bytes.argtypes = [c_void_p, *sizes]
     functions.qurl_int8_bytes.restype = c_int64
-    functions.qurl_int8_pack.argtypes = [c_void_p, c_void_p, *sizes, c_void_p, c_void_p, c_void_p]
+    functions.qurl_int8_pack.argtypes = [c_void_p, c_void_p, *sizes, *[c_void_p] * 4]
     functions.qurl_int8_unpack.argtypes = [c_void_p, c_void_p, *sizes, c_void_p, c_void_p]
     functions.qurl_int8_encode.argtypes = [c_int, c_void_p, c_int, *sizes, c_void_p, c_void_p]
     functions.qurl_int8_linear.argtypes = [

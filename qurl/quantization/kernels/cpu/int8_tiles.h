@@ -17,8 +17,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
+
+#include "nibbles.h"
 
 namespace int8 {
 
@@ -66,37 +67,63 @@ inline int shift_of(const Layout& layout, uint32_t lowest, int row) {
     return static_cast<int>(lowest >> row * layout.lowest_bits & ((1u << layout.lowest_bits) - 1)) * layout.block_bits;
 }
 
-inline void pack_numbers(const Layout& layout, uint8_t* array, int row, int column, const int8_t* codes, int shift) {
-    for (int c = 0; c < GROUP; ++c) {
-        const int number = (codes[c] >> shift) + layout.offset(), place = 4 * row + (c & 3), half = (column + c) / 4;
-        array[half / 2 * PART + place] |= static_cast<uint8_t>((number & 15) << (half & 1) * 4);
-        if (layout.has_plane()) array[PLANE + place] |= static_cast<uint8_t>((number >> 4 & 1) << half);
+// Weights as they are on the wire, row by row.
+struct Wire {
+    const uint8_t* codes;   // int8 [rows, columns], or [rows, columns / 2] with two nibbles in a byte, the first in its low half
+    const uint8_t* signs;   // [rows, columns / 8] where there is a plane: a bit each, the first in the lowest
+    const uint8_t* lowest;  // [rows, ...] where codes are not whole: lowest_bits for each group, likewise
+};
+
+// Numbers of eight columns, a byte each.
+inline uint64_t numbers_of(const Layout& layout, const Wire& wire, int64_t first) {
+    uint32_t nibbles;
+    std::memcpy(&nibbles, wire.codes + first / 2, 4);
+    const uint64_t ones = 0x0101010101010101;
+    uint64_t magnitudes = spread(nibbles), negative = magnitudes >> 3 & ones;
+    if (layout.has_plane()) negative = ((wire.signs[first / 8] * ones & 0x8040201008040201) + 0x7F * ones) >> 7 & ones;
+    else magnitudes &= 7 * ones;
+    negative *= 255;
+    return layout.offset() * ones + (magnitudes & ~negative) - (magnitudes & negative);
+}
+
+inline void pack_groups(const Matrix& matrix, int64_t row, uint8_t* arrays, const Wire& wire) {
+    const Layout& layout = matrix.layout;
+    const int64_t groups = matrix.columns / GROUP;
+    const uint8_t* lowest = wire.lowest + row * ((groups * layout.lowest_bits + 7) / 8);
+    const int r = static_cast<int>(row % HEIGHT);
+    const auto copy_bit = [](const uint8_t* from, int64_t bit, uint8_t* to, int64_t place) {
+        to[place / 8] |= static_cast<uint8_t>((from[bit / 8] >> bit % 8 & 1) << place % 8);
+    };
+    for (int64_t g = 0; g < groups; ++g) {
+        uint8_t* array = arrays + g / 2 * layout.array_bytes();
+        uint32_t plane = 0;
+        for (int part = static_cast<int>(g % 2) * 2, end = part + 2; part < end; ++part) {
+            const uint64_t numbers = numbers_of(layout, wire, row * matrix.columns + (g / 2 * PARTS + part) * 8);
+            const uint32_t halves[2] = {static_cast<uint32_t>(numbers), static_cast<uint32_t>(numbers >> 32)};
+            const uint32_t both = (halves[0] & 0x0F0F0F0F) | (halves[1] & 0x0F0F0F0F) << 4;
+            std::memcpy(array + part * PART + 4 * r, &both, 4);
+            for (int h = 0; h < 2; ++h) plane |= (halves[h] >> 4 & 0x01010101) << (2 * part + h);
+        }
+        if (layout.has_plane())
+            for (int j = 0; j < 4; ++j) array[PLANE + 4 * r + j] |= static_cast<uint8_t>(plane >> 8 * j);
+        uint8_t* place = array + layout.lowest() + g % 2 * layout.lowest_bits;
+        for (int bit = 0; bit < layout.lowest_bits; ++bit)
+            copy_bit(lowest, g * layout.lowest_bits + bit, place, r * layout.lowest_bits + bit);
     }
 }
 
-// codes: int8 [rows, columns]. lowest: uint8 [rows, columns / 16], the lowest block of each group, which its codes are multiples
-// of; unused where codes are whole.
-inline void pack_tile(const Matrix& matrix, int64_t tile, uint8_t* packed, const int8_t* codes, const uint8_t* lowest) {
-    const Layout& layout = matrix.layout;
+inline void pack_tile(const Matrix& matrix, int64_t tile, uint8_t* packed, const Wire& wire) {
     uint8_t* arrays = packed + tile * matrix.tile_bytes();
     std::memset(arrays, 0, static_cast<size_t>(matrix.tile_bytes()));
     for (int r = 0; r < HEIGHT && tile * HEIGHT + r < matrix.rows; ++r) {
-        const int64_t row = tile * HEIGHT + r;
-        const int8_t* own = codes + row * matrix.columns;
-        if (layout.is_whole()) {
-            for (int64_t c = 0; c < matrix.columns / 2; ++c) std::memcpy(arrays + c * 2 * HEIGHT + 2 * r, own + 2 * c, 2);
-            if (matrix.columns % 2) arrays[matrix.columns / 2 * 2 * HEIGHT + 2 * r] = static_cast<uint8_t>(own[matrix.columns - 1]);
+        const int64_t row = tile * HEIGHT + r, columns = matrix.columns;
+        if (!matrix.layout.is_whole()) {
+            pack_groups(matrix, row, arrays, wire);
             continue;
         }
-        for (int64_t g = 0; g < matrix.columns / GROUP; ++g) {
-            const uint32_t number = lowest[row * (matrix.columns / GROUP) + g];
-            const int half = static_cast<int>(g % 2), first_bit = r * layout.lowest_bits;
-            uint8_t* array = arrays + g / 2 * layout.array_bytes();
-            uint8_t* bytes = array + layout.lowest() + half * layout.lowest_bits;
-            for (int bit = 0; bit < layout.lowest_bits; ++bit)
-                bytes[(first_bit + bit) / 8] |= static_cast<uint8_t>((number >> bit & 1) << (first_bit + bit) % 8);
-            pack_numbers(layout, array, r, half * GROUP, own + g * GROUP, static_cast<int>(number) * layout.block_bits);
-        }
+        const uint8_t* codes = wire.codes + row * columns;
+        for (int64_t c = 0; c < columns / 2; ++c) std::memcpy(arrays + c * 2 * HEIGHT + 2 * r, codes + 2 * c, 2);
+        if (columns % 2) arrays[columns / 2 * 2 * HEIGHT + 2 * r] = codes[columns - 1];
     }
 }
 

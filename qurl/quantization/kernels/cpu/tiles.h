@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "nibbles.h"
+
 constexpr int BLOCK = 8;    // columns that share a book
 constexpr int ARRAY = 64;   // columns that share a scale
 constexpr int BLOCKS = ARRAY / BLOCK;
@@ -37,20 +39,6 @@ struct Matrix {
     const double* row_scales() const { return reinterpret_cast<const double*>(packed + tiles() * tile_bytes()); }
     int64_t bytes() const { return tiles() * (tile_bytes() + HEIGHT * 8); }
 };
-
-// Eight codes of four bits, the first in the lowest, to eight bytes, and back.
-inline uint64_t spread(uint32_t codes) {
-    uint64_t x = codes;
-    x = (x | x << 16) & 0x0000FFFF0000FFFF;
-    x = (x | x << 8) & 0x00FF00FF00FF00FF;
-    return (x | x << 4) & 0x0F0F0F0F0F0F0F0F;
-}
-
-inline uint32_t gather(uint64_t x) {
-    x = (x | x >> 4) & 0x00FF00FF00FF00FF;
-    x = (x | x >> 8) & 0x0000FFFF0000FFFF;
-    return static_cast<uint32_t>(x | x >> 16);
-}
 
 inline void pack_tile(const Matrix& matrix, int64_t tile, uint8_t* packed, const uint8_t* codes, const uint8_t* selectors,
                       const uint8_t* scales, const float* global_scales) {
