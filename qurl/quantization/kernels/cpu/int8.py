@@ -90,7 +90,7 @@ class Int8Kernel:
             return self.linear(x.float(), packed, row_scales, bias).to(x.dtype)
         x = x.contiguous()
         source = (x.data_ptr(), x.dtype == torch.bfloat16, None, None)
-        return self._multiply(source, *x.shape, packed, row_scales, bias, x.dtype)
+        return self._multiply(source, x.shape[0], x.shape[1], packed, row_scales, bias, x.dtype)
 
     def multiply(
         self, codes: Tensor, scales: Tensor, packed: Tensor, row_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
@@ -100,7 +100,7 @@ class Int8Kernel:
             return self.multiply(codes, scales, packed, row_scales, bias, torch.float32).to(dtype)
         codes, scales = codes.contiguous(), scales.contiguous()
         source = (None, False, codes.data_ptr(), scales.data_ptr())
-        return self._multiply(source, *codes.shape, packed, row_scales, bias, dtype)
+        return self._multiply(source, codes.shape[0], codes.shape[1], packed, row_scales, bias, dtype)
 
     def _multiply(
         self, source: tuple[Any, ...], tokens: int, columns: int, packed: Tensor, row_scales: Tensor, bias: Tensor | None,
