@@ -17,12 +17,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qurl.bench.rollout_shapes import SHAPES
+from qurl.bench.memory import MemoryReader, product_bytes
+from qurl.bench.rollout_shapes import SHAPES, linear_layers
 from qurl.quantization import FORMATS, resolved_format, split_rotation
-from qurl.quantization.kernels.cpu.library import Library, load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +31,6 @@ ONEDNN = "onednn_int8"
 
 ENCODED_ROWS = 256
 """Rows of a matrix that differ: speed does not depend on what weights say, and encoding takes longer than measuring."""
-
-SMALLEST_CACHE = 1 << 25
-"""Bytes that the last cache is taken to have at least."""
 
 Product = Callable[["Tensor"], object]
 
@@ -93,17 +89,16 @@ def run_kernel_bench(
     if not batch_sizes or min(*batch_sizes, num_rounds, products_per_round) < 1:
         counts = f"{num_rounds}, {products_per_round}"
         raise ValueError(f"batch sizes {list(batch_sizes)}, rounds and products of a round {counts} must be at least 1")
-    library, spread = load(), 2 * (cache_bytes or _last_cache_bytes())
+    reader = MemoryReader("cpu", cache_bytes)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
     try:
         with torch.inference_mode():
-            memory = torch.ones(spread // 256 * 32, dtype=torch.int64)
             rows: list[KernelRow] = []
             for outputs, inputs in matrices:
-                contenders = {name: _contender(name, outputs, inputs, spread) for name in formats}
+                contenders = {name: _contender(name, outputs, inputs, 2 * reader.cache_bytes) for name in formats}
                 for size in batch_sizes:
-                    rows += _measure(contenders, outputs, inputs, size, (num_rounds, products_per_round), library, memory)
+                    rows += _measure(contenders, outputs, inputs, size, (num_rounds, products_per_round), reader)
             return rows
     finally:
         torch.set_num_threads(before)
@@ -117,10 +112,7 @@ def _matrices(shapes: Sequence[str]) -> list[tuple[int, int]]:
             outputs, inputs = map(int, shape.split("x"))
             found.append((outputs, inputs))
         elif shape in SHAPES:
-            sizes = SHAPES[shape]
-            hidden, inner, heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]
-            key_values = 2 * hidden // heads * sizes["num_key_value_heads"]
-            found += [(hidden + key_values, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+            found += dict.fromkeys(linear_layers(shape))
         else:
             raise ValueError(f"shape {shape!r} is unknown; use OUTPUTSxINPUTS such as 4096x4096 or some of {', '.join(SHAPES)}")
     if not found:
@@ -163,11 +155,8 @@ def _quantized(name: str, few: Tensor, outputs: int, spread: int) -> Contender:
             layer = torch.nn.Module()
             kernel = OneDnnInt8(shape) if name == ONEDNN else select_kernel(format, layer, shape)
             kernel.load(layer, rows)
-            tensors = [*(value for value in vars(kernel).values() if isinstance(value, torch.Tensor)), *layer.parameters()]
-            held = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-            if isinstance(kernel, OneDnnInt8):
-                held += outputs * few.shape[1]  # packed where only oneDNN sees them
-            yield type(kernel).__name__, lambda x, kernel=kernel, layer=layer: kernel.apply(layer, x, None), held  # type: ignore[misc]
+            product = lambda x, kernel=kernel, layer=layer: kernel.apply(layer, x, None)  # type: ignore[misc]  # noqa: E731
+            yield type(kernel).__name__, product, product_bytes(kernel, layer)
 
     source = copies()
     kernel_name, product, num_bytes = next(source)
@@ -181,15 +170,14 @@ def _num_copies(spread: int, num_bytes: int) -> int:
 
 
 def _measure(
-    contenders: dict[str, Contender], outputs: int, inputs: int, num_tokens: int, counts: tuple[int, int], library: Library,
-    memory: Tensor,
-) -> list[KernelRow]:  # fmt: skip
+    contenders: dict[str, Contender], outputs: int, inputs: int, num_tokens: int, counts: tuple[int, int], reader: MemoryReader
+) -> list[KernelRow]:
     """counts: of rounds, and of products in each."""
     import torch
 
     x = torch.randn(num_tokens, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    read_s = []
+    limit = 0.0  # bytes per second
     for contender in contenders.values():
         contender.products[-1](x)  # what is done once is done now
     num_rounds, num_products = counts
@@ -200,10 +188,7 @@ def _measure(
             for turn in range(index * num_products, (index + 1) * num_products):
                 products[turn % len(products)](x)
             seconds[name].append((time.perf_counter() - started) / num_products)
-        started = time.perf_counter()
-        library.read(memory.data_ptr(), memory.nbytes)
-        read_s.append(time.perf_counter() - started)
-    limit = memory.nbytes / min(read_s)
+        limit = max(limit, reader.bytes_per_s())
     baseline = next(iter(contenders))
     rows = []
     for name, contender in contenders.items():
@@ -217,10 +202,3 @@ def _measure(
             num_threads=torch.get_num_threads(), kernel=contender.kernel, is_exact=contender.is_exact,
         ))  # fmt: skip
     return rows
-
-
-def _last_cache_bytes() -> int:
-    """Of the largest cache that a core reads through."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    return max([SMALLEST_CACHE, *(int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units)])

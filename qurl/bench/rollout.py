@@ -8,31 +8,24 @@ few steps each in turn, in alternating order; a ratio is taken within one round 
 `none` is bfloat16, `int8` and its like are qurl's methods, `stock_int8` is vLLM's own method on a checkpoint exported for it.
 Only decoding is timed, with the sampling of training: temperature 1, log-probabilities, one seed per request.
 
-The measuring process is a child: OpenMP reads its settings when a process starts, and vLLM changes its host process for good."""
+A step reads the weights of all linear layers, as they lie in memory, and of lm_head; keys and values are not counted, which short
+requests have few of. How fast the same threads (or a GPU) read memory is measured between the turns of the engines:
+`bandwidth_share` says how much of that a step used. Where that cannot be measured there is no share, and none where the cache
+holds all that a step reads."""
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import statistics
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from qurl.bench.rollout_shapes import SHAPES
+from qurl.bench.child import Progress, check_known, measure_in_child
+from qurl.bench.rollout_shapes import SHAPES, head_bytes, linear_layers
 from qurl.quantization import FORMATS
 
 STOCK = "stock_"
 """Prefix of formats that run on vLLM's own method."""
-
-PROGRESS = "qurl-bench-progress"
-"""Begins a line of the child's output that says how many rounds of how many are done."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with shape, rounds done, rounds in all."""
 
 PAIRS_WITH_STOCK = {name: STOCK + name for name, quantization in FORMATS.items() if quantization.scheme is not None}
 
@@ -49,7 +42,8 @@ class RolloutRow:
     shape: str
     batch_size: int
     tokens_per_s: float  # median over rounds
-    bytes_per_weight: float  # of the linear layers
+    bytes_per_weight: float  # of the linear layers, in memory
+    bandwidth_share: float | None  # of a step's reading, over what can be read; None: not measured, or from the cache
 
 
 def run_rollout_bench(
@@ -74,60 +68,45 @@ def run_rollout_bench(
             "shape": shape, "formats": list(formats), "batch_sizes": list(batch_sizes), "num_rounds": num_rounds,
             "steps_per_round": steps_per_round, "enforce_eager": enforce_eager,
         }  # fmt: skip
-        measured = _measure_in_child(job, num_threads or len(os.sched_getaffinity(0)), progress)
-        for batch_size, seconds in zip(batch_sizes, measured, strict=True):
-            rows += _rows(shape, batch_size, steps_per_round, seconds)
+        found = measure_in_child("qurl.bench.rollout_child", job, num_threads, progress)
+        held = {name: found["linear_bytes"].get(name) or _stored_bytes(shape, name) for name in formats}
+        for batch_size, measured in zip(batch_sizes, found["measured"], strict=True):
+            limit = max(measured["read_bytes_per_s"], default=None)
+            rows += _rows(shape, batch_size, steps_per_round, measured["seconds"], held, limit, found["cache_bytes"])
     return rows
 
 
-def _rows(shape: str, batch_size: int, steps: int, seconds: dict[str, list[float]]) -> list[RolloutRow]:
-    """seconds: of each round, by format."""
+def _rows(
+    shape: str, batch_size: int, steps: int, seconds: Mapping[str, list[float]], held: Mapping[str, float], limit: float | None,
+    cache_bytes: int,
+) -> list[RolloutRow]:  # fmt: skip
+    """seconds: of each round, by format; held: bytes of the linear layers, likewise; limit: bytes that can be read in a second."""
+    num_weights = sum(map(math.prod, linear_layers(shape)))
     first = next(iter(seconds))
     pairs = [(name, first) for name in seconds]
     pairs += [(name, PAIRS_WITH_STOCK[name]) for name in seconds if PAIRS_WITH_STOCK.get(name, first) in seconds.keys() - {first}]
     rows = []
     for name, baseline in pairs:
         ratios = [base / own for base, own in zip(seconds[baseline], seconds[name], strict=True)]
+        step_s, step_bytes = statistics.median(seconds[name]) / steps, held[name] + head_bytes(shape)
+        share = None if limit is None or step_bytes <= cache_bytes else step_bytes / step_s / limit
         rows.append(RolloutRow(
             ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), format=name, baseline=baseline,
-            shape=shape, batch_size=batch_size, tokens_per_s=batch_size * steps / statistics.median(seconds[name]),
-            bytes_per_weight=_bytes_per_weight(shape, name),
+            shape=shape, batch_size=batch_size, tokens_per_s=batch_size / step_s, bytes_per_weight=held[name] / num_weights,
+            bandwidth_share=share,
         ))  # fmt: skip
     return rows
 
 
-def _bytes_per_weight(shape: str, name: str) -> float:
-    if name == "none":
-        return 2.0
-    sizes = SHAPES[shape]
-    return FORMATS[name.removeprefix(STOCK)].bits_per_weight((sizes["hidden_size"], sizes["hidden_size"])) / 8
-
-
-def _measure_in_child(job: dict[str, object], num_threads: int, progress: Progress) -> list[dict[str, list[float]]]:
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(num_threads), "GOMP_SPINCOUNT": "1000", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="qurl-bench-") as folder:
-        command = [sys.executable, "-m", "qurl.bench.rollout_child", str(os.getpid()), folder, json.dumps(job)]
-        log, result = Path(folder) / "stderr.txt", Path(folder) / "seconds.json"
-        with log.open("w") as stderr:
-            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
-            assert child.stdout is not None
-            for line in child.stdout:
-                if line.startswith(PROGRESS):
-                    done, total = map(int, line.split()[1:])
-                    progress(str(job["shape"]), done, total)
-        if child.wait() != 0 or not result.exists():
-            raise RuntimeError(f"measuring {job['shape']} failed (exit code {child.returncode}): ...{log.read_text()[-2000:]}")
-        return json.loads(result.read_text())
+def _stored_bytes(shape: str, name: str) -> float:
+    """Of the linear layers in bfloat16 or in vLLM's own format, which it holds as they are stored."""
+    format = FORMATS[name.removeprefix(STOCK)]
+    return sum(format.bits_per_weight(layer) / 8 * math.prod(layer) for layer in linear_layers(shape))
 
 
 def _check(shapes: Sequence[str], formats: Sequence[str], batch_sizes: Sequence[int], *counts: int) -> None:
     known = [*FORMATS, *PAIRS_WITH_STOCK.values()]
-    for what, asked, table in (("shape", shapes, list(SHAPES)), ("format", formats, known)):
-        unknown = [name for name in asked if name not in table]
-        if unknown or not asked:
-            raise ValueError(f"{what} {unknown[0] if unknown else '(none)'!r} is unknown; use some of {', '.join(table)}")
+    check_known("shape", shapes, list(SHAPES))
+    check_known("format", formats, known)
     if not batch_sizes or min(*batch_sizes, *counts) < 1:
         raise ValueError(f"batch sizes {list(batch_sizes)}, rounds and steps {list(counts)} must be at least 1")

@@ -1,5 +1,5 @@
-"""The measuring process of qurl.bench.rollout: PARENT FOLDER JOB, where PARENT is the pid it dies with and JOB is JSON; writes
-seconds.json into the folder. vLLM is imported only after the process is bound to its parent: that takes ten seconds."""
+"""The measuring process of qurl.bench.rollout, see qurl.bench.child. vLLM is imported only after the process is bound to its
+parent: that takes ten seconds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qurl.bench.child import RESULT, report
 from qurl.processes import die_with_parent
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
+
+    from qurl.bench.memory import MemoryReader
 
 PROMPT_TOKENS = 8
 WARM_UP_STEPS = 4
@@ -21,32 +24,47 @@ KV_CACHE_BYTES = 1 << 29
 
 
 def main(folder: Path, job: dict[str, Any]) -> None:
-    """Measure every batch size and write, for each, format -> seconds of each round."""
-    from qurl.bench.rollout import PROGRESS, STOCK
+    """Measure every batch size and write, for each, format -> seconds of each round, and how fast memory was read in each; and
+    format -> bytes of its linear layers, where it is one of qurl's."""
+    import torch
+
+    from qurl.bench.memory import MemoryReader, linear_bytes
+    from qurl.bench.rollout import STOCK
     from qurl.bench.rollout_shapes import write_models
+    from qurl.quantization.kernels.cpu.library import KernelsUnavailable
 
     paths = write_models(job["shape"], job["formats"], STOCK, folder)
     engines = {
         name: build_engine(path, None if name.startswith(STOCK) else name, job["enforce_eager"]) for name, path in paths.items()
     }
-    seconds: list[dict[str, list[float]]] = []
+    held = {
+        name: engines[name].collective_rpc(linear_bytes)[0] for name in engines if name != "none" and not name.startswith(STOCK)
+    }
+    try:
+        reader = MemoryReader("cuda" if torch.cuda.is_available() else "cpu")
+    except KernelsUnavailable:
+        reader = None
+    measured: list[dict[str, Any]] = []
     total = job["num_rounds"] * len(job["batch_sizes"])
 
-    def report(round_index: int) -> None:
-        print(PROGRESS, job["num_rounds"] * len(seconds) + round_index + 1, total, flush=True)
+    def done(round_index: int) -> None:
+        report(job["num_rounds"] * len(measured) + round_index + 1, total)
 
     for size in job["batch_sizes"]:
-        seconds.append(measure(engines, size, job["num_rounds"], job["steps_per_round"], report))
-    (folder / "seconds.json").write_text(json.dumps(seconds))
+        seconds, read = measure(engines, size, job["num_rounds"], job["steps_per_round"], reader, done)
+        measured.append({"seconds": seconds, "read_bytes_per_s": read})
+    found = {"linear_bytes": held, "cache_bytes": 0 if reader is None else reader.cache_bytes, "measured": measured}
+    (folder / RESULT).write_text(json.dumps(found))
 
 
-def build_engine(path: Path, format_name: str | None, enforce_eager: bool) -> LLMEngine:
-    """An in-process engine with the arguments of a rollout worker. format_name: of qurl; None for what the checkpoint says."""
+def build_engine(path: Path, format_name: str | None, enforce_eager: bool, precision: str | None = None) -> LLMEngine:
+    """An in-process engine with the arguments of a rollout worker. format_name: of qurl; None for what the checkpoint says.
+    precision: as quantization.precision."""
     from vllm import EngineArgs, LLMEngine
 
     from qurl.vllm_plugin import engine_args
 
-    plugin = {} if format_name is None else engine_args(format_name)
+    plugin = {} if format_name is None else engine_args(format_name, precision=precision)
     arguments = EngineArgs(
         model=str(path), dtype="bfloat16", skip_tokenizer_init=True, generation_config="vllm", logprobs_mode="processed_logprobs",
         enforce_eager=enforce_eager, max_model_len=2048, kv_cache_memory_bytes=KV_CACHE_BYTES, enable_prefix_caching=False,
@@ -56,25 +74,30 @@ def build_engine(path: Path, format_name: str | None, enforce_eager: bool) -> LL
 
 
 def measure(
-    engines: dict[str, LLMEngine], batch_size: int, num_rounds: int, steps: int, report: Callable[[int], None]
-) -> dict[str, list[float]]:
-    """Seconds that `steps` decode steps of a full batch take, for each round; engines take turns, forwards then backwards."""
+    engines: dict[str, LLMEngine], batch_size: int, num_rounds: int, steps: int, reader: MemoryReader | None,
+    done: Callable[[int], None],
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds that `steps` decode steps of a full batch take, for each round; engines take turns, forwards then backwards. And
+    bytes of memory read in a second, in each round, if there is a reader."""
     requests = {name: start_requests(engine, batch_size, num_rounds * steps) for name, engine in engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
+    read = []
     for round_index in range(num_rounds):
         for name in list(engines)[:: 1 if round_index % 2 == 0 else -1]:
             started = time.perf_counter()
             for _ in range(steps):
                 engines[name].step()
             seconds[name].append(time.perf_counter() - started)
-        report(round_index)
+        if reader is not None:
+            read.append(reader.bytes_per_s())
+        done(round_index)
     for name, engine in engines.items():
         if engine.get_num_unfinished_requests() != batch_size:
             raise RuntimeError(f"{name} ran out of requests while it was measured")
         engine.abort_request(requests[name])
         while engine.has_unfinished_requests():
             engine.step()
-    return seconds
+    return seconds, read
 
 
 def start_requests(engine: LLMEngine, batch_size: int, num_steps: int) -> list[str]:

@@ -17,6 +17,19 @@ SHAPES: dict[str, dict[str, int]] = {
 """Qwen2 with tied embeddings; 0.4b and 1.4b are the shapes of Qwen2.5-0.5B and -1.5B."""
 
 
+def linear_layers(shape: str) -> list[tuple[int, int]]:
+    """(outputs, inputs) of every linear layer but lm_head, as an engine fuses them, layer by layer."""
+    sizes = SHAPES[shape]
+    hidden, inner, heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]
+    key_values = 2 * hidden // heads * sizes["num_key_value_heads"]
+    return [(hidden + key_values, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)] * sizes["num_hidden_layers"]
+
+
+def head_bytes(shape: str) -> int:
+    """Of lm_head, in bfloat16."""
+    return 2 * SHAPES[shape]["vocab_size"] * SHAPES[shape]["hidden_size"]
+
+
 def write_models(shape: str, formats: Sequence[str], stock_prefix: str, folder: Path) -> dict[str, Path]:
     """A folder to load for each format: the bfloat16 checkpoint for qurl's, an exported one for `stock_prefix` + format."""
     import torch

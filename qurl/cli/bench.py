@@ -1,4 +1,4 @@
-"""`qurl bench rollout|kernels|sync|perplexity|break-even`: run a benchmark and print its rows."""
+"""`qurl bench rollout|kernels|switch|sync|perplexity|break-even`: run a benchmark and print its rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rollout = benchmarks.add_parser("rollout", help="decoding speed of each format, paired with full precision")
     rollout.add_argument("--steps-per-round", type=int, metavar="N", help="decode steps of an engine before the next one's turn")
     kernels = benchmarks.add_parser("kernels", help="speed of each format's matrix products on the CPU, paired with bfloat16")
-    for command, shape in ((rollout, "SHAPE"), (kernels, "SHAPE|OUTPUTSxINPUTS")):
-        command.add_argument("--shapes", nargs="+", metavar=shape)
+    switch = benchmarks.add_parser("switch", help="what changing Ax-BxP's precision on a live engine takes")
+    switch.add_argument("--precisions", nargs="+", metavar="SETTING", help="that the engine goes around; at least two")
+    switch.add_argument("--compare", action=argparse.BooleanOptionalAction, help="with an engine started with each; default: yes")
+    for command in (rollout, kernels):
         command.add_argument("--batch-sizes", nargs="+", type=int, metavar="N")
+    for command, shape in ((rollout, "SHAPE"), (kernels, "SHAPE|OUTPUTSxINPUTS"), (switch, "SHAPE")):
+        command.add_argument("--shapes", nargs="+", metavar=shape)
         command.add_argument("--num-threads", type=int, metavar="N", help="of an engine; default: all cores")
     sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
     sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
@@ -45,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help_ = "none, int8, fp8, mxfp4, ...; rollout: stock_int8 too; kernels: onednn_int8 and lobcq@16 too"
         command.add_argument("--formats", nargs="+", metavar="FORMAT", help=help_)
         command.add_argument("--num-rounds", type=int, metavar="N", help="turns of every format; a ratio is the median over rounds")
-    for command in (rollout, kernels, sync, even):
+    switch.add_argument("--num-rounds", type=int, metavar="N", help="switches to each precision; a time is the median over rounds")
+    for command in (rollout, kernels, switch, sync, even):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
 
 
@@ -54,7 +60,8 @@ def main(args: argparse.Namespace) -> int:
     if args.benchmark == "perplexity":
         return perplexity_table.main(args)
     options = {k: v for k, v in vars(args).items() if k not in ("command", "benchmark", "json") and v is not None}
-    benchmarks = {"rollout": _rollout_rows, "kernels": _kernel_rows, "sync": _sync_rows, "break-even": _break_even_rows}
+    benchmarks = {"rollout": _rollout_rows, "kernels": _kernel_rows, "switch": _switch_rows, "sync": _sync_rows}
+    benchmarks["break-even"] = _break_even_rows
     rows = benchmarks[args.benchmark](options)
     _print(rows)
     if args.json is not None:
@@ -63,19 +70,29 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _rollout_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+    from qurl.bench.rollout import run_rollout_bench
+
+    with _rounds("decoding") as show:
+        return [dataclasses.asdict(row) for row in run_rollout_bench(**options, progress=show)]
+
+
+def _switch_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+    from qurl.bench.switch import run_switch_bench
+
+    with _rounds("switching") as show:
+        return [dataclasses.asdict(row) for row in run_switch_bench(**options, progress=show)]
+
+
+@contextmanager
+def _rounds(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar, and what moves it: called with shape, rounds done, rounds in all."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from qurl.bench.rollout import run_rollout_bench
 
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TextColumn("rounds"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting engines", total=None)
-
-        def show(shape: str, done: int, total: int) -> None:
-            bar.update(task, description=f"decoding, {shape}", completed=done, total=total)
-
-        return [dataclasses.asdict(row) for row in run_rollout_bench(**options, progress=show)]
+        yield lambda shape, done, total: bar.update(task, description=f"{what}, {shape}", completed=done, total=total)
 
 
 def _kernel_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -112,5 +129,12 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     for column in rows[0]:
         table.add_column(column.replace("_per_", "/").replace("_", " "), no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*map(_cell, row.values()))
     Console(width=WIDTH).print(table)  # wider than a narrow terminal: cut numbers help nobody
+
+
+def _cell(value: Any) -> str:
+    """A number, "-" where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

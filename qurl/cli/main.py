@@ -32,7 +32,7 @@ COMMANDS = {
     "quantize": "write a checkpoint in any format, with the error of every matrix and the change in perplexity",
     "calibrate": "codebooks of LO-BCQ for a model, in any layout",
     "search": "the cheapest precision of Ax-BxP, by layer and operand, whose perplexity stays within a bound",
-    "bench": "measure rollout, weight sync or perplexity, against full precision",
+    "bench": "measure rollout, weight sync, perplexity and more, against full precision",
     "doctor": "what is installed, what this machine can run, what is wrong and the fix",
 }
 """Subcommand -> what it does; `qurl.cli.<subcommand>` has add_arguments(parser) and main(args) -> exit code."""

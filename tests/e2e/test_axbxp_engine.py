@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_vllm_plugin_engine import SMALL, cheap_garbage_collection, checkpoints, engine, generate, install, wire_tensors  # noqa: F401
 
+from qurl.bench.switch_child import sample, switch_in_turns
 from qurl.quantization import FORMATS, with_precision
 from qurl.vllm_plugin import engine_args
 from qurl.vllm_plugin.axbxp import switch_precision
@@ -12,6 +13,7 @@ from qurl.vllm_plugin.transfer import read_back
 pytestmark = pytest.mark.e2e
 
 BY_LAYER = {"re:model.layers.0.self_attn.(q|k|v)_proj": "k4-w1-a2", "down_proj": "k4-w2-a2-noll", "re:.*": "k2-w2g8-a2g16"}
+OWN = "k2-w2g16-a3g1"  # of the format
 NAMES = [f"model.layers.{i}.{name}" for i in range(2) for name in (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 )]  # fmt: skip
@@ -27,6 +29,9 @@ def test_a_switched_engine_equals_one_started_with_the_precision(checkpoints):  
     new, parameters = checkpoints("Qwen2", True, dtype, 1)
     with engine(old, dtype, **axbxp()) as running, engine(old, dtype, **axbxp(BY_LAYER)) as fresh:
         at_start = generate(running)
+        sampled = sample(running.llm.llm_engine)
+        _, equal = switch_in_turns(running.llm.llm_engine, ["k2-w4-a4", OWN], 2, {OWN: sampled, "k2-w4-a4": sampled})
+        assert equal == {OWN: [True, True], "k2-w4-a4": [False, False]}
         assert switch_precision(running.llm, BY_LAYER) > 0
         switched = generate(running)
         assert switched == generate(fresh) != at_start

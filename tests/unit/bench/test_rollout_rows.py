@@ -1,5 +1,6 @@
 """Ratios of the rollout benchmark, from given times."""
 
+import math
 import os
 import select
 import subprocess
@@ -8,6 +9,10 @@ import sys
 import pytest
 
 from qurl.bench.rollout import _rows, run_rollout_bench
+from qurl.bench.rollout_shapes import head_bytes, linear_layers, write_models
+
+TINY_WEIGHTS = 2 * 128 * (256 + 128 + 2 * 256 + 256)
+"""Of the linear layers: q, k and v, o, gate and up, down."""
 
 TELLING_BENCHMARK = """
 import subprocess
@@ -25,14 +30,37 @@ run_rollout_bench(shapes=["tiny"], batch_sizes=[1])
 
 def test_ratios_pair_the_times_of_a_round():
     seconds = {"none": [4.0, 8.0, 2.0], "int8": [2.0, 2.0, 2.0], "stock_int8": [2.0, 4.0, 1.0]}
-    rows = {(row.format, row.baseline): row for row in _rows("tiny", 16, 10, seconds)}
+    held = {"none": 2.0 * TINY_WEIGHTS, "int8": 1.0 * TINY_WEIGHTS, "stock_int8": 1.25 * TINY_WEIGHTS}
+    rows = {(row.format, row.baseline): row for row in _rows("tiny", 16, 10, seconds, held, 1e9, 0)}
     assert set(rows) == {("none", "none"), ("int8", "none"), ("stock_int8", "none"), ("int8", "stock_int8")}
     against_none = rows["int8", "none"]
     assert (against_none.ratio, against_none.ratio_min, against_none.ratio_max) == (2.0, 1.0, 4.0)
     assert against_none.tokens_per_s == 16 * 10 / 2.0
     assert rows["stock_int8", "none"].ratio == 2.0
     assert rows["int8", "stock_int8"].ratio == 1.0  # median of 1, 2 and 1/2, not the ratio of medians
-    assert rows["none", "none"].bytes_per_weight == 2.0 and against_none.bytes_per_weight == 1.0 + 4.0 / 128
+    assert [rows[name, "none"].bytes_per_weight for name in seconds] == [2.0, 1.0, 1.25]
+
+
+def test_a_share_is_of_the_weights_of_a_step_and_there_is_none_without_a_limit_or_from_the_cache():
+    seconds, held = {"int8": [2.0, 2.0, 5.0]}, {"int8": 1.5 * TINY_WEIGHTS}
+    step_bytes = 1.5 * TINY_WEIGHTS + 2 * 512 * 128  # and lm_head
+
+    def share(limit, cache_bytes):
+        [row] = _rows("tiny", 16, 10, seconds, held, limit, cache_bytes)
+        return row.bandwidth_share
+
+    assert share(1e9, step_bytes - 1) == pytest.approx(step_bytes / 0.2 / 1e9)
+    assert share(1e9, step_bytes) is None and share(None, 0) is None
+
+
+def test_layers_of_a_shape_are_those_of_its_model(tmp_path):
+    from safetensors import safe_open
+
+    with safe_open(write_models("tiny", ["none"], "stock_", tmp_path)["none"] / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    assert sum(math.prod(shape) for name, shape in shapes.items() if name.endswith("_proj.weight")) == TINY_WEIGHTS
+    assert sum(map(math.prod, linear_layers("tiny"))) == TINY_WEIGHTS
+    assert head_bytes("tiny") == 2 * math.prod(shapes["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("options,message", [
