@@ -19,7 +19,7 @@ vllm = pytest.importorskip("vllm")
 
 from qurl.ptq import QuantizeSettings, quantize_folder  # noqa: E402
 from qurl.ptq.evaluation import load_float32, quantized_on_disk  # noqa: E402
-from qurl.quantization import FORMATS, resolved_format  # noqa: E402
+from qurl.quantization import resolved_format, split_rotation  # noqa: E402
 from qurl.quantization.lobcq import Layout  # noqa: E402
 from qurl.quantization.lobcq.calibrate import make  # noqa: E402
 from qurl.vllm_plugin import engine_args  # noqa: E402
@@ -77,19 +77,21 @@ def reference_logprobs(model):
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "mxfp4", "nvfp4", "int4", "nf4", "lobcq", "axbxp", "axbxp_k1l3"])
-def test_a_checkpoint_is_served_as_the_engine_that_encodes_while_it_loads_and_as_the_format_says(source, tmp_path, name):
+@pytest.mark.parametrize("named", ["int8", "fp8", "mxfp4", "nvfp4@64", "int4", "nf4", "lobcq@16", "axbxp", "axbxp_k1l3"])
+def test_a_checkpoint_is_served_as_the_engine_that_encodes_while_it_loads_and_as_the_format_says(source, tmp_path, named):
     out = tmp_path / "out"
-    report = quantize_folder(source, out, QuantizeSettings(format=name))
+    name, rotation = split_rotation(named)
+    report = quantize_folder(source, out, QuantizeSettings(format=name, rotation=rotation))
     reference = load_float32(source)
     full_precision = reference_logprobs(reference)
-    quantized_on_disk(out, FORMATS[name], [matrix.module for matrix in report.matrices])(reference)
+    format = resolved_format(name, rotation=rotation)
+    quantized_on_disk(out, format, [matrix.module for matrix in report.matrices])(reference)
     expected = reference_logprobs(reference)
-    with engine(out) as served, engine(source, **engine_args(name)) as encoding:
+    with engine(out) as served, engine(source, **engine_args(name, rotation=rotation)) as encoding:
         found = prompt_logprobs(served)
         assert torch.equal(found, prompt_logprobs(encoding))
     gap, effect = (found - expected).abs(), (expected - full_precision).abs()
-    print(name, "gap", float(gap.mean()), float(gap.max()), "effect", float(effect.mean()))
+    print(named, "gap", float(gap.mean()), float(gap.max()), "effect", float(effect.mean()))
     # 1e-6 where nothing rounds the other way; a number next to a boundary may: one step of E4M3 makes 2 % of the effect
     assert float(gap.mean()) < 0.15 * float(effect.mean())
 
