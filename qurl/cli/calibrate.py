@@ -1,16 +1,18 @@
-"""`qurl calibrate`: codebooks of LO-BCQ for a model, or with another layout."""
+"""`qurl calibrate`: codebooks of LO-BCQ for a model, for its layers or operands, or with another layout."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qurl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from qurl.ptq.calibration import FoundSet
     from qurl.quantization.lobcq import Layout
 
 LAYOUT = {
@@ -19,9 +21,14 @@ LAYOUT = {
 }  # fmt: skip
 """Fields of qurl.quantization.lobcq.Layout."""
 
+PER = ("universal", "operand", "layer", "layer_operand")
+"""Values of qurl.ptq.calibration.Per."""
+
 EPILOG = """FILE is what quantization.codebooks=FILE of a run and --codebooks FILE of qurl quantize and qurl eval take.
+The same command goes on where an earlier one was killed.
 
 Examples:
+  qurl calibrate models/qwen books.json --text train.jsonl --max-documents 64 --per layer_operand
   qurl calibrate models/qwen books.json --text train.jsonl --max-documents 64 --block 4 --array 32 --num-codebooks 8"""
 
 
@@ -32,10 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder")
     parser.add_argument("out", type=Path, metavar="FILE", help="JSON; must not exist")
     parser.add_argument("--operands", default="both", choices=("both", "weights", "activations"), help="what to look at")
+    parser.add_argument(
+        "--per", default="universal", choices=PER, help="what has codebooks of its own; a layer is what engines multiply at once"
+    )
     add_text_options(parser, required=False)
     for name, meaning in LAYOUT.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{meaning}; default: the package's")
     parser.add_argument("--rotation", type=int, default=0, metavar="N", help="look at what quantization.rotation makes; default 0")
+    parser.add_argument(
+        "--activation-codeword-bits", type=int, metavar="N", help="with codebooks per operand; default: as --codeword-bits"
+    )
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to leave out; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.epilog = EPILOG
@@ -48,44 +61,66 @@ def main(args: argparse.Namespace) -> int:
     from qurl.quantization.lobcq import Layout
 
     layout = Layout(**{name: value for name in LAYOUT if (value := getattr(args, name)) is not None})
+    activations = replace(layout, codeword_bits=args.activation_codeword_bits or layout.codeword_bits)
     check_text_options(args)
+    _check(args)
+    with only_writer(args.out):
+        if args.out.exists():
+            raise ConfigError(f"{args.out} exists; name a new file")
+        _calibrate(args, layout, activations)
+    print(args.out)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ConfigError for options that contradict each other."""
     if not (args.model / "config.json").is_file():
         raise ConfigError(f"{args.model} is no Hugging Face folder; of a run, make one with `qurl export`")
     if (args.operands == "weights") != (args.text is None):
         told = "needs --text, which makes the activations; or use --operands weights" if args.text is None else "reads no --text"
         raise ConfigError(f"--operands {args.operands} {told}")
-    with only_writer(args.out):
-        if args.out.exists():
-            raise ConfigError(f"{args.out} exists; name a new file")
-        _calibrate(args, layout)
-    print(args.out)
-    return 0
+    is_of_operands = args.per.endswith("operand")
+    if is_of_operands and args.operands != "both":
+        raise ConfigError(f"--per {args.per} is for both operands, not --operands {args.operands}; leave the latter out")
+    if args.activation_codeword_bits and not is_of_operands:
+        raise ConfigError(f"--activation-codeword-bits needs --per operand or layer_operand, not {args.per}")
 
 
-def _calibrate(args: argparse.Namespace, layout: Layout) -> None:
-    from qurl.ptq.calibration import model_blocks
+def _calibrate(args: argparse.Namespace, layout: Layout, activations: Layout) -> None:
+    from qurl.cli.progress import progress_bar
+    from qurl.ptq.calibration import ACTIVATIONS, WEIGHTS, Per, calibrated
     from qurl.ptq.evaluation import Text
-    from qurl.quantization.lobcq.calibration import calibrate
-    from qurl.quantization.lobcq.codebooks import save_codebooks
+    from qurl.quantization.lobcq.codebook_sets import save_codebook_sets
 
     text = Text(args.model, args.text, args.max_documents, args.context) if args.text else None
-    weights = args.operands != "activations"
-    try:
-        blocks = model_blocks(
-            args.model, text, layout, weights=weights, rotation=args.rotation, ignore=args.ignore, seed=args.seed
-        )
-    except ValueError as error:
-        raise ConfigError(str(error).replace("quantization.rotation=", "--rotation ")) from error
-    found = calibrate(blocks, layout, args.seed)
-    save_codebooks(found.codebooks, args.out, _command(args, layout))
-    energy = float(blocks.double().square().sum(dim=1).mean())
-    print(f"{len(blocks)} blocks, {len(found.objective) - 1} rounds; squared error over squared numbers "
-          f"{found.objective[0] / energy:.6f} at first, {found.rounded_objective / energy:.6f} with the codebooks")  # fmt: skip
+    journal = args.out.with_name(args.out.name + ".unfinished")
+    with progress_bar("codebooks") as show:
+        try:
+            sets, found = calibrated(
+                args.model, text, {WEIGHTS: layout, ACTIVATIONS: activations}, journal, per=Per(args.per),
+                weights=args.operands != "activations", rotation=args.rotation, ignore=args.ignore, seed=args.seed, progress=show,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ConfigError(str(error).replace("quantization.rotation=", "--rotation ")) from error
+    save_codebook_sets(sets, args.out, _command(args, layout))
+    journal.unlink()
+    _print(found)
+
+
+def _print(found: Sequence[FoundSet]) -> None:
+    """A line for the sets of each operand, or of both."""
+    for operands in dict.fromkeys(each.operands for each in found):
+        some = [each for each in found if each.operands == operands]
+        first, last = sum(each.first_error for each in some) / len(some), sum(each.error for each in some) / len(some)
+        told = f"{operands}: {len(some)} sets of codebooks" if len(some) > 1 else operands
+        print(f"{told}, {sum(each.num_blocks for each in some)} blocks, {max(each.num_rounds for each in some)} rounds; squared "
+              f"error over squared numbers {first:.6f} at first, {last:.6f} with the codebooks")  # fmt: skip
 
 
 def _command(args: argparse.Namespace, layout: Layout) -> str:
     """What makes the file again, defaults and all."""
-    options: dict[str, Any] = {"operands": args.operands, **asdict(layout), "rotation": args.rotation, "seed": args.seed}
+    options: dict[str, Any] = {"operands": args.operands, "per": args.per, **asdict(layout)}
+    options |= {"activation_codeword_bits": args.activation_codeword_bits, "rotation": args.rotation, "seed": args.seed}
     if args.text:
         options |= {"text": args.text, "max_documents": args.max_documents, "context": args.context}
     words = ["qurl", "calibrate", str(args.model), str(args.out)]

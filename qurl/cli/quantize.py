@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 from qurl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from qurl.ptq import QuantizeReport, QuantizeSettings
     from qurl.ptq.evaluation import Text
 
@@ -48,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a source that cannot be quantized, or an output that is something else."""
+    from qurl.cli.progress import progress_bar
     from qurl.cli.text_options import check_text_options
     from qurl.config.codebooks_file import resolved_codebooks
     from qurl.config.precision_file import resolved_precision
@@ -69,8 +68,8 @@ def main(args: argparse.Namespace) -> int:
     )
     with only_writer(args.out), _in_options(args), _source(args.source, args.out) as source:
         text = Text(source, args.text, args.max_documents, args.context) if args.text else None
-        with _bar("tensors") as (bar, task):
-            report = quantize_folder(source, args.out, settings, lambda done, total: bar.update(task, completed=done, total=total))
+        with progress_bar("tensors") as show:
+            report = quantize_folder(source, args.out, settings, show)
         _print_errors(report)
         if text is not None:
             _measure(text, args.out, settings, report)
@@ -115,6 +114,7 @@ def _source(source: Path, out: Path) -> Iterator[Path]:
 
 def _measure(text: Text, out: Path, settings: QuantizeSettings, report: QuantizeReport) -> None:
     """Perplexity before and after, into the table and report.json."""
+    from qurl.cli.progress import progress_bar
     from qurl.ptq import divergence, increase, perplexity
     from qurl.ptq.checkpoint import REPORT
     from qurl.ptq.evaluation import quantized_on_disk
@@ -125,11 +125,10 @@ def _measure(text: Text, out: Path, settings: QuantizeSettings, report: Quantize
     }  # fmt: skip
     losses = {}
     for name, replace in replacements.items():
-        with _bar(f"documents, {name}", total=len(text.documents)) as (bar, task):
+        with progress_bar(f"documents, {name}", len(text.documents)) as show:
             question = {"format": name, "settings": report.settings} if name != "none" else {"format": name}
-            losses[name] = text.losses(
-                out / "perplexity" / f"{name}.jsonl", question, replace, lambda done: bar.update(task, completed=done)
-            )
+            path = out / "perplexity" / f"{name}.jsonl"
+            losses[name] = text.losses(path, question, replace, show)
     before, after = (perplexity(found) for found in losses.values())
     change = increase(losses[settings.format], losses["none"])
     print(f"perplexity {before.value:.4f} -> {after.value:.4f}, increase {change:.4f} (standard error over documents); "
@@ -157,13 +156,3 @@ def _print_errors(report: QuantizeReport) -> None:
     saved = report.source_bytes / report.checkpoint_bytes
     print(f"bits per weight: {report.bits_formula:.4f} by formula, {report.bits_on_disk:.4f} on disk; the checkpoint has "
           f"{report.checkpoint_bytes / 1e6:.1f} MB, its source {saved:.2f} times that")  # fmt: skip
-
-
-@contextmanager
-def _bar(what: str, total: int | None = None) -> Iterator[tuple[Progress, Any]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield bar, bar.add_task(what, total=total)

@@ -1,7 +1,7 @@
-"""Losses of documents on disk, so that a measurement that is killed goes on where it was, and a longer one after a shorter one.
+"""What was found so far on disk, so that a measurement that is killed goes on where it was, and a longer one after a shorter one.
 
-A file holds what was asked for in its first line and one document per line behind it, named by a hash of its tokens. A process that
-is killed while it writes leaves half a line, which is cut off; a file of another question is begun anew."""
+A file holds what was asked for in its first line and one entry per line behind it, each with its name. A process that is killed
+while it writes leaves half a line, which is cut off; a file of another question is begun anew."""
 
 from __future__ import annotations
 
@@ -16,30 +16,44 @@ from typing import Any
 from qurl.ptq.perplexity import DocumentLoss
 
 Document = Sequence[list[int]]
+NAME = "document"
+"""Key of an entry's name, which is a document's hash in the files that there are most of."""
+
+
+def journaled(
+    path: Path,
+    question: Mapping[str, Any],
+    names: Sequence[str],
+    measure: Callable[[int], Iterator[dict[str, Any]]],
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """An entry for each name: those in `path`, then those of measure(number of entries to skip), which is not called where none is
+    missing. question: what decides the entries besides their names; it and they are JSON. progress: entries so far."""
+    head = json.dumps(question)
+    found = _read(path, head)
+    lines = [entry for _, entry in takewhile(lambda pair: pair[0] == pair[1][NAME], zip(names, found, strict=False))]
+    progress(len(lines))
+    if len(lines) < len(names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(f"{line}\n" for line in (head, *map(json.dumps, lines))))
+        partial.replace(path)
+        with path.open("a") as file:
+            for entry in measure(len(lines)):
+                lines.append({NAME: names[len(lines)], **entry})
+                file.write(json.dumps(lines[-1]) + "\n")
+                file.flush()
+                progress(len(lines))
+    assert len(lines) == len(names)
+    return [{key: value for key, value in line.items() if key != NAME} for line in lines]
 
 
 def journaled_losses(
     path: Path, question: Mapping[str, Any], documents: Sequence[Document], measure: Callable[[int], Iterator[DocumentLoss]]
 ) -> list[DocumentLoss]:
-    """The losses of `documents`: those in `path`, then those of measure(number of documents to skip), which is not called where
-    none is missing. question: what decides the losses besides the documents, JSON only."""
-    head = json.dumps(question)
+    """The losses of `documents`, named by hashes of their tokens: those in `path`, then those of measure(documents to skip)."""
     names = [hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16] for document in documents]
-    found = _read(path, head)
-    done = [entry for _, entry in takewhile(lambda pair: pair[0] == pair[1]["document"], zip(names, found, strict=False))]
-    losses = [DocumentLoss(**{key: value for key, value in entry.items() if key != "document"}) for entry in done]
-    if len(losses) < len(documents):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(f"{line}\n" for line in (head, *map(json.dumps, done))))
-        partial.replace(path)
-        with path.open("a") as file:
-            for loss in measure(len(losses)):
-                file.write(json.dumps({"document": names[len(losses)], **asdict(loss)}) + "\n")
-                file.flush()
-                losses.append(loss)
-    assert len(losses) == len(documents)
-    return losses
+    return [DocumentLoss(**entry) for entry in journaled(path, question, names, lambda skip: map(asdict, measure(skip)))]
 
 
 def _read(path: Path, head: str) -> list[dict[str, Any]]:
