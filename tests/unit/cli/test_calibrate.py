@@ -1,20 +1,24 @@
 """`qurl calibrate`, and what takes its file: `qurl quantize --codebooks` and `qurl bench perplexity --formats lobcq:FILE`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qurl.cli.main import main
-from qurl.ptq.calibration import model_blocks
+from qurl.ptq import calibration
+from qurl.ptq.calibration import ACTIVATIONS, WEIGHTS, Per, calibrated, model_blocks
 from qurl.ptq.evaluation import Text, inputs_of, load_float32
 from qurl.quantization import FORMATS, resolved_format, select_targets
 from qurl.quantization.error_report import copy_error
 from qurl.quantization.lobcq import Layout, load_codebooks
+from qurl.quantization.lobcq.calibration import calibrate
 from qurl.vllm_plugin import format_of
 
 LAYOUT = ["--block", "4", "--array", "32", "--num-codebooks", "8"]
 SMALL = Layout(block=4, array=32, num_codebooks=8)
+LAYOUTS = {WEIGHTS: SMALL, ACTIVATIONS: SMALL}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +44,8 @@ def test_a_checkpoint_and_a_row_of_the_table_have_the_layout_of_the_file(workspa
     assert codebooks.layout == SMALL
     command = json.loads((workspace / "books.json").read_text())["command"]
     assert command == (
-        f"qurl calibrate {workspace}/tiny {workspace}/books.json --operands both --block 4 --array 32 --num-codebooks 8 "
-        f"--codeword-bits 6 --rotation 0 --seed 0 --text {workspace}/text.jsonl --context 512"
+        f"qurl calibrate {workspace}/tiny {workspace}/books.json --operands both --per universal --block 4 --array 32 "
+        f"--num-codebooks 8 --codeword-bits 6 --rotation 0 --seed 0 --text {workspace}/text.jsonl --context 512"
     )
     assert main(["quantize", "tiny", "out", "--format", "lobcq_w4a16", "--codebooks", "books.json"]) == 0
     config = json.loads((workspace / "out" / "config.json").read_text())
@@ -62,8 +66,8 @@ def test_blocks_are_the_numbers_of_weights_and_inputs_over_their_scales(workspac
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     name = sorted(select_targets(list(linears), ()))[0]
     others = ["re:(?!" + name.replace(".", r"\.") + "$).*_proj"]
-    weights = model_blocks(workspace / "tiny", None, SMALL, ignore=others, num_blocks=1 << 20)
-    activations = model_blocks(workspace / "tiny", text, SMALL, weights=False, ignore=others, num_blocks=1 << 20)
+    found = model_blocks(workspace / "tiny", text, LAYOUTS, per=Per.operand, ignore=others, num_blocks=1 << 20)
+    weights, activations = found["re:.*", WEIGHTS], found["re:.*", ACTIVATIONS]
     format = resolved_format("lobcq", codebooks=load_codebooks(workspace / "books.json").content)
     matrix = linears[name].weight.detach()
     wire = format.encode(matrix)
@@ -81,6 +85,57 @@ def matches(blocks, rows):
     return blocks.shape == expected.shape and all(
         torch.allclose(found.sort().values, wanted.sort().values, rtol=1e-5, atol=1e-4) for found, wanted in pairs
     )
+
+
+def test_each_layer_and_operand_gets_codebooks_of_its_own_numbers(workspace, capsys):
+    some, wide = ["--ignore", "re:model.layers.1"], ["--activation-codeword-bits", "8"]
+    assert main(["calibrate", "tiny", "sets.json", "--text", "text.jsonl", "--per", "layer_operand", *LAYOUT, *wide, *some]) == 0
+    assert "weights: 4 sets of codebooks" in capsys.readouterr().out and not list(workspace.glob("sets.json.*"))
+    format = resolved_format("lobcq", codebooks=json.loads((workspace / "sets.json").read_text()))
+    patterns = dict(format.sets.layers)
+    assert len(patterns) == 4 and r"re:model\.layers\.0\.self_attn\.(q_proj|k_proj|v_proj)$" in patterns
+    text = Text(workspace / "tiny", ["text.jsonl"], None, 512)
+    layouts = {WEIGHTS: SMALL, ACTIVATIONS: replace(SMALL, codeword_bits=8)}
+    samples = model_blocks(workspace / "tiny", text, layouts, per=Per.layer_operand, ignore=some[1:])
+    for operand, layout in layouts.items():
+        pattern = "model.layers.0.self_attn.o_proj"
+        assert getattr(patterns[pattern], operand) == calibrate(samples[pattern, operand], layout).codebooks
+    assert main(["quantize", "tiny", "layered", "--format", "lobcq", "--codebooks", "sets.json", *some]) == 0
+    config, report = (json.loads((workspace / "layered" / name).read_text()) for name in ("config.json", "report.json"))
+    assert format_of(config["quantization_config"]).sets == format.sets
+    numbers = sum(rows * columns for rows, columns in (matrix["shape"] for matrix in report["matrices"]))
+    assert (report["bits_formula"] - report["bits_on_disk"]) * numbers == pytest.approx(4 * 8 * 16 * 6)
+    formats = ["--formats", "lobcq:books.json", "lobcq:sets.json"]
+    assert main(["bench", "perplexity", "tiny", "--text", "text.jsonl", *formats, "--out", "by", *some]) == 0
+    _, universal, own = json.loads((workspace / "by" / "both.json").read_text())
+    assert own["weight_nmse"] < universal["weight_nmse"] and own["activation_nmse"] < 0.9 * universal["activation_nmse"]
+    assert (own["bits_per_weight"] - universal["bits_per_weight"]) * numbers == pytest.approx(3 * 8 * 16 * 6)
+
+
+def test_a_killed_calibration_goes_on_and_ends_in_the_same_codebooks(workspace, monkeypatch):
+    journal, calls = workspace / "killed.unfinished", []
+
+    def stopped(done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return calibrate(*arguments)
+
+    monkeypatch.setattr(calibration, "calibrate", counted)
+    question = {"per": Per.layer, "ignore": ("re:model.layers.1", "down_proj"), "seed": 1}
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(workspace / "tiny", None, LAYOUTS, journal, progress=stopped, **question)
+    with journal.open("a") as file:
+        file.write('{"document": "half a li')
+    whole = calibrated(workspace / "tiny", None, LAYOUTS, workspace / "whole.unfinished", **question)
+    assert len(calls) == 1 + 3
+    assert calibrated(workspace / "tiny", None, LAYOUTS, journal, **question) == whole
+    assert len(calls) == 1 + 3 + 2
+    calibrated(workspace / "tiny", None, LAYOUTS, journal, **question | {"seed": 2})
+    assert len(calls) == 1 + 3 + 2 + 3  # what was found with another seed is no part of it
+    assert all(codebooks.weights == codebooks.activations for _, codebooks in whole[0].layers)
 
 
 def test_one_operand_alone_gives_it_the_smaller_error(workspace):
@@ -108,6 +163,8 @@ def test_one_operand_alone_gives_it_the_smaller_error(workspace):
         (["quantize", "tiny", "x", "--format", "int8", "--rotation", "16"], "--rotation 16 needs a format whose scales belong to"),
         (["quantize", "tiny", "x", "--format", "lobcq", "--rotation", "128"], "--rotation 128 needs a multiple of 128 input"),
         (["bench", "perplexity", "tiny", "--text", "text.jsonl", "--formats", "lobcq@17", "--out", "y"], "rotation=17 is no size"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--per", "operand"], "--per operand is for both operands, not"),
+        (["calibrate", "tiny", "x.json", "--operands", "weights", "--activation-codeword-bits", "8"], "needs --per operand"),
         (["quantize", "tiny", "x", "--format", "int8", "--codebooks", "books.json"], "--codebooks books.json needs --format lobcq"),
         (["quantize", "tiny", "x", "--format", "lobcq_int8", "--codebooks", "books.json"], "--codebooks books.json has codewords"),
         (["quantize", "tiny", "x", "--format", "lobcq", "--codebooks", "none.json"], "--codebooks=none.json cannot be read"),
