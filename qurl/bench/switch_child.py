@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -33,6 +34,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     started: dict[str, Sample] = {}
     for precision in precisions if job["compare"] else ():
         started[precision] = sample(build_engine(path, "axbxp", True, precision))
+        gc.collect()  # ends the engine: a later collection would end its successors' groups
     engine = build_engine(path, "axbxp", True, precisions[-1])
     seconds, equal = switch_in_turns(engine, precisions, num_rounds, started, lambda done: report(done, num_rounds))
     found = {"num_threads": torch.get_num_threads(), "seconds": seconds, "equal": equal}
