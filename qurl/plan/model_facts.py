@@ -7,7 +7,9 @@ import math
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qurl.config.model import ModelConfig
@@ -22,6 +24,7 @@ class ModelFacts:
 
     parameters: dict[str, tuple[int, ...]]  # Hugging Face name -> shape; a tied head is not listed
     linear_names: tuple[str, ...]
+    divided_inputs: frozenset[str]  # linear modules whose inputs tensor parallelism divides; it divides the outputs of others
     base_model_prefix: str  # of the names of parameters that are not the output layer's
     num_layers: int
     hidden_size: int
@@ -68,11 +71,13 @@ def read_model_facts(config: ModelConfig, section: str = "model") -> ModelFacts:
     except Exception as error:  # trust boundary: a strange config.json raises whatever the model's class trips over
         raise ConfigError(f"{key}={config.path} cannot be read as a causal language model: {_brief(error)}") from error
     text = found.get_text_config()
+    linear_names = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     if getattr(found, "quantization_config", None):
         raise ConfigError(f"{key}={config.path} is a quantized checkpoint; the learner trains a full-precision one")
     return ModelFacts(
         parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
-        linear_names=tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear)),
+        linear_names=linear_names,
+        divided_inputs=_divided_inputs(linear_names, model.tp_plan),
         base_model_prefix=f"{model.base_model_prefix}.",
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
@@ -83,6 +88,12 @@ def read_model_facts(config: ModelConfig, section: str = "model") -> ModelFacts:
         vocab_size=text.vocab_size,
         max_position_embeddings=config.max_position_embeddings or getattr(text, "max_position_embeddings", None),
     )
+
+
+def _divided_inputs(linear_names: tuple[str, ...], plan: Mapping[str, str]) -> frozenset[str]:
+    """Those that transformers' plan for the model, pattern of names -> how, calls "rowwise"."""
+    patterns = [pattern for pattern, how in plan.items() if how.startswith("rowwise")]
+    return frozenset(name for name in linear_names if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def _check_source(key: str, path: str, revision: str | None, file: str) -> None:

@@ -19,6 +19,7 @@ from qurl.plan.model_facts import HUB_NAME, ModelFacts
 from qurl.plug import resolve
 from qurl.quantization import FORMATS, resolved_format, select_targets, with_precision
 from qurl.quantization.axbxp import ALL_BLOCKS, AxBxP
+from qurl.quantization.base import QuantizationFormat
 from qurl.rewards import REWARDS, check_reward_function
 from qurl.rollout.vllm_engine import CONTROLLED_ARGS, known_engine_args
 
@@ -131,11 +132,6 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
     if experts:
         name = config.quantization.format
         raise ConfigError(f"quantization={name}: mixtures of experts are not supported ({experts[0]}); use quantization=none")
-    if size > 1 and FORMATS[config.quantization.format].matrix_tensors:
-        raise ConfigError(
-            f"rollout.tensor_parallel_size={size}: quantization={config.quantization.format} has a scale for the whole of a "
-            "weight, which cannot be divided; use rollout.tensor_parallel_size=1 or quantization=mxfp4"
-        )
     targets = select_targets(model.linear_names, config.quantization.ignore)
     quantization = config.quantization
     format = resolved_format(
@@ -147,7 +143,20 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
             format.check_columns(model.parameters[f"{name}.weight"][1])
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from error
+        _check_part(format, name, model, size)
     return targets
+
+
+def _check_part(format: QuantizationFormat, name: str, model: ModelFacts, size: int) -> None:
+    """The format can be cut as an engine of `size` ranks cuts a linear layer. Raises ConfigError."""
+    rows, columns = model.parameters[f"{name}.weight"]
+    copied = name.endswith(("k_proj", "v_proj"))  # heads that are fewer than the ranks lie on several whole
+    rows //= min(size, model.num_kv_heads) if copied else size
+    try:
+        if size > 1:
+            format.check_part(*((0, columns // size) if name in model.divided_inputs else (rows, 0)))
+    except ValueError as error:
+        raise ConfigError(f"rollout.tensor_parallel_size={size} cuts {name} into parts: {error}") from error
 
 
 def check_raised_precision(config: TrainConfig, targets: frozenset[str], device: str) -> None:

@@ -40,6 +40,8 @@ class QuantizationFormat(ABC):
     """Whether I must be a multiple of block[1]; else the last block of a row may be shorter."""
     matrix_tensors: ClassVar[frozenset[str]] = frozenset()
     """Suffixes of wire tensors that hold one number for the whole matrix, [1]; all others but "weight" have rows by `block`."""
+    shorter_blocks: ClassVar[str] = ""
+    """What to do for shorter blocks, where there are any; for errors."""
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
@@ -78,7 +80,7 @@ class QuantizationFormat(ABC):
 
     @property
     def column_multiple(self) -> int:
-        """Of which I must be a multiple, and a shard of I too."""
+        """Of which I must be a multiple."""
         return self.block[1] if self.has_whole_blocks else 1
 
     @abstractmethod
@@ -112,8 +114,24 @@ class QuantizationFormat(ABC):
         if self.has_whole_blocks and columns % self.block[1]:
             raise ValueError(
                 f"quantization={self.name} needs a multiple of {self.block[1]} input features, not {columns}; add the layer to "
-                "quantization.ignore or use quantization=int8"
+                f"quantization.ignore, {self.shorter_blocks}or use quantization=int8"
             )
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Tensor parallelism may cut a weight between rows and between columns that are multiples of these, where it cuts neither
+        a block nor a byte that holds several values."""
+        return self.block[0], max(self.block[1], self.column_multiple)
+
+    def check_part(self, rows: int, columns: int) -> None:
+        """Raises ValueError where the wire tensors of a weight cannot be cut into parts of this size; 0: it is not cut there."""
+        for size, multiple, unit in zip((rows, columns), self.part, ("rows", "columns"), strict=True):
+            if size % multiple:
+                shorter = self.shorter_blocks + ("lower quantization.rotation, " if self.rotation > self.block[1] else "")
+                raise ValueError(
+                    f"quantization={self.name} needs a multiple of {multiple} {unit} in each, not {size}; use fewer ranks, "
+                    f"{shorter}add the layer to quantization.ignore, or use quantization=int8"
+                )
 
     def checkpoint_tensors(self, wire: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Wire tensors as a compressed-tensors checkpoint names and lays them out."""

@@ -10,8 +10,9 @@ at int8's speed; the set without LL is one product over twice the inputs, [A, -A
 
 After a switch the engine computes what one started with that `quantization.precision` does, and takes weight updates as before.
 Codes that are multiplied and lookups stay in their storage, which captured CUDA graphs read; how a graph's operations follow each
-other does not change, so on a GPU the group of the activations and -noll are those that the engine was started with. Under tensor
-parallelism that divides the inputs of a layer, groups begin anew with each rank's part.
+other does not change, so on a GPU the group of the activations and -noll are those that the engine was started with. Where tensor
+parallelism divides the inputs of a layer, groups begin anew with each rank's part: they are those of a single rank where a part is
+a multiple of the group.
 
 Packed formats hold the kept blocks alone, and their precision is fixed. On the CPU they stay packed, and C++ that is compiled on
 first use (qurl.vllm_plugin.int8) expands them as it multiplies. Elsewhere, and where there is no compiler, they are expanded when

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from qurl.quantization import FORMATS, select_targets, with_precision
 from qurl.quantization.base import QuantizationFormat
+from qurl.quantization.targets import matches_pattern
 from qurl.vllm_plugin import NAME, format_of
 from qurl.vllm_plugin.embedding import QurlEmbeddingMethod
 from qurl.vllm_plugin.linear import QurlLinearMethod
@@ -74,6 +75,10 @@ class QurlConfig(QuantizationConfig):
         """The Hugging Face modules that vLLM fuses into the module `prefix`, in the order of their rows."""
         parent, dot, leaf = prefix.rpartition(".")
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
+
+    def is_ignored(self, names: list[str]) -> bool:
+        """Whether a pattern matches a part of a fused module, which then is in full precision or, by format_of, an error."""
+        return any(matches_pattern(name, pattern, "quantization.ignore") for name in names for pattern in self.ignore)
 
     def format_of(self, names: list[str]) -> QuantizationFormat:
         """The format of a fused module. Raises ValueError where only some of its parts are ignored, and as select_targets,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -78,7 +79,7 @@ class WeightInstaller:
     def read_back(self, module_names: Iterable[str]) -> dict[str, Tensor]:
         """The weights the engine really works with, decoded: Hugging Face module name -> float32 matrix or vector.
 
-        Under tensor parallelism this rank's part. Raises ValueError for a module that the model does not have."""
+        All tensor-parallel ranks call it at once, and get whole ones. Raises ValueError for a module that the model lacks."""
         return {name: self._read_back_one(name) for name in module_names}
 
     def _install_one(self, name: str, tensor: Tensor) -> None:
@@ -154,5 +155,7 @@ class WeightInstaller:
             return method.read_back(module)[method.names.index(hf_module)]
         if target not in self._expected and target not in self._aliases:
             raise ValueError(f"{hf_module!r} is no module with a weight in this {type(self.model).__name__}")
-        rows = self._expected.get(target)  # without vLLM's padding; an alias has its namesake's
-        return self.model.get_parameter(target).detach()[:rows].float().clone()
+        module, weight = self.model.get_submodule(module_name), self.model.get_parameter(target).detach()
+        if isinstance(module, VocabParallelEmbedding):
+            weight = tensor_model_parallel_all_gather(weight, dim=0)[: module.org_vocab_size]  # without vLLM's padding
+        return weight.float().clone()

@@ -7,7 +7,12 @@ with a staged layer; an update stages it again with the tensors of the wire.
     create_weights -> [full precision, or codes of an encoded checkpoint] -> process_weights_after_loading -> live
     stage          -> [codes and scales from the stream]                  -> process_weights_after_loading -> live
 
-On a GPU a captured CUDA graph reads the storage of the first live parameters, so later ones are copied into it."""
+On a GPU a captured CUDA graph reads the storage of the first live parameters, so later ones are copied into it.
+
+Under tensor parallelism a rank holds the codes and scales that a single one would have for its rows or columns. Wire tensors are
+cut like the weight; its one scale, where a format has one, goes to every rank. What is encoded here has its scales from the whole
+Hugging Face matrix, which the ranks gather one at a time. Activations are scaled by the rank that multiplies them: in a layer
+whose inputs are divided each part of a token has scales of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_gather
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
@@ -56,6 +65,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
     ) -> None:
         """Stage the layer for the start-up checkpoint."""
         sizes = full_output_sizes(layer)
+        self.fused_sizes = sizes  # rows of each matrix that vLLM fuses, over all ranks
         self.full_sizes = sizes if len(sizes) == len(self.names) else [sum(sizes)]  # rows of each Hugging Face matrix
         self.loader = extra_weight_attrs["weight_loader"]
         is_fused_here = len(self.names) == len(output_partition_sizes)  # else the checkpoint has it fused already
@@ -66,7 +76,9 @@ class QurlLinearMethod(UnquantizedLinearMethod):
             device=torch.get_default_device(),
         )
         self.full_columns = input_size
-        self._check_sharding(sum(output_partition_sizes) != output_size)
+        self.divides_rows = sum(output_partition_sizes) != output_size
+        self.divides_columns = input_size_per_partition != input_size
+        self._check_parts(output_partition_sizes)
         layer.logical_widths = output_partition_sizes  # vLLM's kernels read it
         self._stage_matrix(layer, "weight", params_dtype, self.shape.columns)
         if self.config.encoded:  # codes, unpacked, are exact in every floating dtype
@@ -104,11 +116,19 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         return self.kernel.apply(layer, x, bias)
 
     def read_back(self, layer: Any) -> list[Tensor]:
-        """What the engine multiplies with, decoded: one float32 matrix (this rank's part) per Hugging Face module."""
+        """What the engine multiplies with, decoded: one float32 matrix per Hugging Face module, gathered from all ranks."""
         if self.format is None or self.kernel is None:
             identity = torch.eye(self.shape.columns, dtype=self.shape.dtype, device=self.shape.device)
-            return list(self.apply(layer, identity).float().T.split(self.shape.partitions))
-        return self.kernel.decoded(layer, self.format, self.shape.partitions)
+            held = list(self.apply(layer, identity).float().T.split(self.shape.partitions))
+        else:
+            held = self.kernel.decoded(layer, self.format, self.shape.partitions)
+        if self.divides_columns:
+            return [tensor_model_parallel_all_gather(part.contiguous(), dim=1) for part in held]
+        if not self.divides_rows:
+            return held
+        parts = torch.cat(held).split(layer.logical_widths)
+        whole = [_all_rows(part, rows) for part, rows in zip(parts, self.fused_sizes, strict=True)]
+        return whole if len(whole) == len(self.names) else [torch.cat(whole)]
 
     def wire_dtype(self, name: str) -> torch.dtype:
         """Of the tensor `name` on the wire."""
@@ -127,22 +147,17 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         wire = self.config.format.wire_row(rounded)
         return {name: rows_of(self.config.format, name, tensor, 1) for name, tensor in wire.items()}
 
-    def _check_sharding(self, is_column_sharded: bool) -> None:
-        """Blocks of scales or of a rotation must not straddle tensor-parallel ranks, nor must a whole matrix that has one."""
-        if self.config.format.matrix_tensors and (is_column_sharded or self.full_columns != self.shape.columns):
-            raise ValueError(
-                f"rollout.tensor_parallel_size must be 1 with quantization.format={self.config.format.name}, which has a scale for "
-                "the whole of a weight; use quantization.format=mxfp4"
-            )
-        rows, columns = self.config.format.block
-        columns = max(columns, self.config.format.column_multiple)
-        is_cut = is_column_sharded and any(part % rows for part in self.shape.partitions)
-        if is_cut or (self.full_columns != self.shape.columns and self.shape.columns % columns):
-            sizes = f"{list(self.shape.partitions)} x {self.shape.columns}"
-            raise ValueError(
-                f"rollout.tensor_parallel_size cuts {', '.join(self.names)} into {sizes}, which is no multiple of "
-                f"{rows} x {columns} as {self.config.format.name} needs; use fewer ranks or quantization.format=fp8"
-            )
+    def _check_parts(self, rows: list[int]) -> None:
+        """Raises ValueError where the format cannot be cut as the layer is; rows: this rank's of each fused matrix."""
+        if self.config.is_ignored(self.names):
+            return
+        columns = self.shape.columns if self.divides_columns else 0
+        try:
+            for count in rows:
+                self.config.format.check_part(count if self.divides_rows else 0, columns)
+        except ValueError as error:
+            size = get_tensor_model_parallel_world_size()
+            raise ValueError(f"rollout.tensor_parallel_size={size} cuts {', '.join(self.names)} into parts: {error}") from error
 
     def _stage_wire(self, layer: Any, skip: str = "") -> None:
         """Register empty parameters for the wire tensors but `skip`."""
@@ -188,15 +203,18 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         parts = [self._encode(part) for part in weight.split(self.shape.partitions)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _encode(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Rows of one Hugging Face matrix (this rank's part), with the scales of the whole matrix."""
-        if self.full_columns != self.shape.columns:
-            matrix = tensor_model_parallel_all_gather(matrix.contiguous(), dim=1)
-        assert self.format is not None
-        wire = self.format.encode(matrix)
-        rows = {name: rows_of(self.format, name, tensor, len(matrix)) for name, tensor in wire.items()}
+    def _encode(self, part: Tensor) -> dict[str, Tensor]:
+        """Rows of this rank's part of one Hugging Face matrix, with the scales of the whole matrix."""
+        format, matrix = self.format, part
+        assert format is not None
+        if self.divides_columns:
+            matrix = tensor_model_parallel_all_gather(part.contiguous(), dim=1)
+        elif self.divides_rows and format.matrix_tensors:
+            matrix = tensor_model_parallel_all_gather(part.contiguous(), dim=0)  # replicated KV heads several times
+        wire = format.encode(matrix)
+        rows = {name: rows_of(format, name, tensor, len(matrix)) for name, tensor in wire.items()}
         own = self._wire_row(self.shape.columns)
-        return {name: _own_columns(tensor, own[name].shape[1]) for name, tensor in rows.items()}
+        return {name: _own_part(tensor, len(part), own[name].shape[1]) for name, tensor in rows.items()}
 
     def _keep_storage(self, layer: Any) -> None:
         """Move the live parameters into the storage of the first ones."""
@@ -210,8 +228,18 @@ class QurlLinearMethod(UnquantizedLinearMethod):
             layer.register_parameter(name, as_parameter(self._graph_storage[name]))
 
 
-def _own_columns(tensor: Tensor, columns: int) -> Tensor:
-    """This rank's columns of a tensor that is divided over ranks with the inputs; a scale of whole rows is not."""
-    if tensor.shape[1] == columns:
-        return tensor
-    return tensor[:, get_tensor_model_parallel_rank() * columns :][:, :columns].contiguous()
+def _own_part(tensor: Tensor, rows: int, columns: int) -> Tensor:
+    """This rank's part, of so many rows and columns, of what all ranks' parts make up; a scale of whole rows is not divided."""
+    for dim, size in enumerate((rows, columns)):
+        if tensor.shape[dim] != size:
+            tensor = tensor.narrow(dim, get_tensor_model_parallel_rank() * size, size)
+    return tensor.contiguous()
+
+
+def _all_rows(part: Tensor, rows: int) -> Tensor:
+    """The matrix [rows, I] of which every rank has a part. Key and value heads that are fewer than the ranks lie on several."""
+    if len(part) == rows:
+        return part
+    gathered = tensor_model_parallel_all_gather(part.contiguous(), dim=0)
+    num_copies = len(gathered) // rows
+    return gathered.unflatten(0, (-1, len(part)))[::num_copies].flatten(0, 1)

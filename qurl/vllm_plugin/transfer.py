@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from qurl.vllm_plugin.installer import WeightInstaller
@@ -107,5 +108,6 @@ def install_report(worker: Any) -> InstallReport | None:
 
 
 def read_back(worker: Any, module_names: list[str]) -> dict[str, Tensor]:
-    """For collective_rpc: WeightInstaller.read_back of this worker."""
-    return worker.weight_transfer_engine.installer.read_back(module_names)
+    """For collective_rpc: WeightInstaller.read_back, which the first rank returns; others return nothing."""
+    held = worker.weight_transfer_engine.installer.read_back(module_names)
+    return held if get_tensor_model_parallel_rank() == 0 else {}

@@ -19,7 +19,7 @@ VARIANTS = {
         "learner.dtype=bfloat16", "learner.zero_stage=1", "quantization=fp8_block", "algorithm=grpo_kl",
         "quantization.update_awareness=invariant_scaling",
     ),
-    "tensor_parallel_with_deltas": ("rollout.tensor_parallel_size=2", "sync.delta=true", "sync.audit_layers=0"),
+    "tensor_parallel_with_deltas": ("rollout.tensor_parallel_size=2", "sync.delta=true", "quantization=nvfp4"),
 }  # fmt: skip
 
 

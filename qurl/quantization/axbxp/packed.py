@@ -11,6 +11,7 @@ its sign counts as unchanged in sync/changed_code_fraction where signs lie besid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -47,6 +48,11 @@ class PackedAxBxP(AxBxP):
         self.group = kept.group or 1
         self.block = (1, self.group)
         self.index_bits = (precision.num_blocks - kept.blocks).bit_length()
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Indices and signs fill whole bytes."""
+        return 1, math.lcm(8, self.group * (8 // math.gcd(8, self.index_bits)))
 
     def of_layer(self, name: str) -> PackedAxBxP:
         return self

@@ -11,6 +11,7 @@ scale 0, since a codebook need not contain 0."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache, cached_property
 
@@ -31,6 +32,7 @@ class LoBcq(GroupedFormat):
     where there is one book); weight_scale float8_e4m3fn [O, I/L_A]; weight_global_scale float32 [1]."""
 
     matrix_tensors = frozenset({"weight_global_scale"})
+    shorter_blocks = "give quantization.codebooks with shorter arrays (L_A), "
 
     def __init__(
         self, name: str, layout: Layout, codebooks: str | Codebooks | CodebookSets, keeps_activations: bool = False
@@ -93,14 +95,10 @@ class LoBcq(GroupedFormat):
         """That of any layer."""
         return _with_codebooks(self, self.sets.layers[0][1]).encode(torch.ones(1, columns))
 
-    def check_columns(self, columns: int) -> None:
-        """Raises ValueError where L_A or the rotation does not divide them."""
-        if columns % self.layout.array:
-            raise ValueError(
-                f"quantization={self.name} needs a multiple of {self.layout.array} input features, not {columns}; add the layer to "
-                "quantization.ignore, give quantization.codebooks with shorter arrays (L_A), or use quantization=int8"
-            )
-        super().check_columns(columns)
+    @property
+    def part(self) -> tuple[int, int]:
+        """Selectors fill whole bytes."""
+        return 1, math.lcm(self.column_multiple, self.layout.block * (8 // math.gcd(8, self.layout.selector_bits)))
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """Codes, books and scales; ValueError for NaN, Inf or a number of inputs that is no multiple of L_A."""

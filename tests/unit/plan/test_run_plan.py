@@ -293,7 +293,12 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["data.train.path=/"], LAPTOP, "data.train.path=/ is a folder"),
         (["learner.deepspeed.optimizer.type=SGD"], LAPTOP, "learner.deepspeed.optimizer"),
         (["rollout.tensor_parallel_size=3", "cluster=gpu"], with_gpus(8), "use one of 1, 2, 4"),
-        (["rollout.tensor_parallel_size=2", "quantization=nvfp4"], LAPTOP, "or quantization=mxfp4"),
+        (
+            ["rollout.tensor_parallel_size=2", "quantization=lobcq"], LAPTOP,
+            "rollout.tensor_parallel_size=2 cuts model.layers.0.self_attn.o_proj into parts: quantization=lobcq needs a multiple "
+            "of 64 columns in each, not 32; use fewer ranks, give quantization.codebooks with shorter arrays (L_A)",
+        ),
+        (["rollout.tensor_parallel_size=2", "quantization=fp8_block"], LAPTOP, "into parts: quantization=fp8_block needs"),
         (["rollout.max_response_tokens=1000", "learner.max_tokens_per_micro_batch=2000"], LAPTOP, "512 positions"),
         (["evaluation.max_response_tokens=1000"], LAPTOP, "512 positions"),
         (["model.attn_implementation=spda"], LAPTOP, "model.attn_implementation=spda is unknown; use one of eager, "),
@@ -319,7 +324,7 @@ def test_what_cannot_run_is_refused(needed: list[str], overrides: list[str], mac
 
 
 def test_mlp_layers_that_do_not_split_are_refused(needed: list[str]) -> None:
-    config = compose([*needed, "rollout.tensor_parallel_size=4"])
+    config = compose([*needed, "rollout.tensor_parallel_size=4", "quantization=nvfp4"])
     model = plan(needed).model
     check_model(config, model)
     with pytest.raises(ConfigError, match="tensor_parallel_size=4 does not divide the 130 channels"):
