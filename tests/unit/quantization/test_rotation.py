@@ -8,7 +8,9 @@ import torch
 from qurl.quantization import FORMATS, export_checkpoint, resolved_format, split_rotation
 from qurl.quantization.grouped import GroupedFormat
 from qurl.quantization.hadamard import SIZES, rotate
-from qurl.quantization.lobcq.samples import sample_activations, sample_weights
+from qurl.quantization.lobcq import Layout
+from qurl.quantization.lobcq.calibration import calibrate
+from qurl.quantization.lobcq.samples import blocks_of, sample_activations, sample_weights
 from qurl.vllm_plugin import format_of, quantization_config
 
 GROUPED = [name for name, format in FORMATS.items() if isinstance(format, GroupedFormat)]
@@ -108,16 +110,31 @@ def nmse(exact, copy):
     return float((exact.double() - copy.double()).square().sum() / exact.double().square().sum())
 
 
+def own_codebooks(rotation):
+    """Calibrated on other weights and activations, rotated."""
+    generator = torch.Generator().manual_seed(0)
+    weights, activations = (rotate(sample(32, generator), rotation) for sample in (sample_weights, sample_activations))
+    amax = activations.abs().amax(dim=1, keepdim=True)
+    blocks = [blocks_of(weights, weights.abs().amax().view(1), Layout()), blocks_of(activations, amax, Layout())]
+    return calibrate(torch.cat(blocks), Layout(), max_rounds=12).codebooks.content
+
+
 def test_outlying_channels_cost_less_where_groups_are_long_and_more_where_they_are_short():
     generator = torch.Generator().manual_seed(5)
-    weight, x = sample_weights(128, generator), sample_activations(64, generator)
+    weight, x = sample_weights(256, generator), sample_activations(128, generator)
     exact = x.double() @ weight.double().T
     noise = {}
-    for name in ("lobcq", "nvfp4", "mxfp4"):
-        for size in (0, 64):
-            format = resolved_format(name, rotation=size)
-            noise[name, size] = nmse(x, format.round_activations(x)), nmse(exact, format.linear(x, format.encode(weight)))
-    print(noise)
-    assert noise["lobcq", 64][0] < 0.95 * noise["lobcq", 0][0] and noise["lobcq", 64][1] < 1.02 * noise["lobcq", 0][1]
-    assert all(noise["nvfp4", 64][i] > 1.05 * noise["nvfp4", 0][i] for i in range(2))
-    assert all(noise["mxfp4", 64][i] < 0.9 * noise["mxfp4", 0][i] for i in range(2))
+    for name, rotation in [(name, size) for name in ("nvfp4", "mxfp4", "lobcq", "own") for size in (0, 16, 64, 128)]:
+        codebooks = own_codebooks(rotation) if name == "own" else None
+        format = resolved_format("lobcq" if name == "own" else name, codebooks=codebooks, rotation=rotation)
+        wire = format.encode(weight)
+        noise[name, rotation] = (
+            nmse(weight, format.decode(wire)), nmse(x, format.round_activations(x)), nmse(exact, format.linear(x, wire))
+        )  # fmt: skip
+        print(f"{name}@{rotation}", *(f"{100 * value:.3f} %" for value in noise[name, rotation]))
+    for size in (16, 64, 128):
+        assert all(noise["nvfp4", size][i] > 1.02 * noise["nvfp4", 0][i] for i in range(3))
+        assert all(noise["mxfp4", size][i] < 0.85 * noise["mxfp4", 0][i] for i in (1, 2))
+        assert noise["lobcq", size][1] < 0.95 * noise["lobcq", 0][1]
+        assert noise["own", size][2] < 0.92 * noise["own", 0][2]
+        assert noise["own", size][2] < 0.92 * noise["lobcq", size][2]  # rotated numbers want books of their own
