@@ -2,10 +2,12 @@
 //
 // A byte shuffle looks 16 codes of a book up. A register of 32 codes spans four blocks and two halves: two shuffles, each with a
 // book in either half, and a blend. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
-// (pmaddubsw) serves without splitting signs off: with activations' codewords of 6 bits the 16 products that a 16-bit sum gets stay
-// within 16 * 63 * 31 < 2^15, with their codewords of 8 bits or digits 4 do, 4 * 63 * 128 < 2^15. 32 times the sum of the
-// activations' codes comes off at the end. Weights of 8 bits trade signs (psignb) and are widened to 32 bits after every two
-// products, since 2 * 128 * 127 < 2^15.
+// (pmaddubsw) serves without splitting signs off: with activations' codewords of 6 bits the 16 products that a 16-bit sum gets from
+// an array of 64 stay within 16 * 63 * 31 < 2^15; with arrays of 128, codewords of 8 bits or digits 4 do, 4 * 63 * 128 < 2^15. 32
+// times the sum of the activations' codes comes off at the end. Weights of 8 bits trade signs (psignb) and are widened to 32 bits
+// after every two products, since 2 * 128 * 127 < 2^15.
+//
+// There are loops for arrays of 64, which the package's codebooks have, and loops for all others.
 #pragma once
 
 #if defined(__x86_64__)
@@ -19,7 +21,7 @@
 
 namespace avx2 {
 
-constexpr int AHEAD = 8 * ARRAY_BYTES;  // bytes between what is read and what is asked for
+constexpr int AHEAD = 2368;  // bytes between what is read and what is asked for: 8 arrays of 64
 constexpr int CHUNK = 8;  // arrays of a tile that are looked up before many tokens are multiplied with them
 
 inline bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
@@ -78,10 +80,10 @@ AVX2_INLINE float largest_of(__m256 values) {
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 
-AVX2_INLINE float array_amax(const float* values) {
+AVX2_INLINE float amax_of(const float* values, int count) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 amax = _mm256_setzero_ps();
-    for (int i = 0; i < ARRAY; i += 8) amax = _mm256_max_ps(amax, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
+    for (int i = 0; i < count; i += 8) amax = _mm256_max_ps(amax, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
     return largest_of(amax);
 }
 
@@ -112,25 +114,27 @@ AVX2 void encode(const Books& books, const float* values, float global_scale, in
     const __m256 largest = _mm256_set1_ps(static_cast<float>(books.largest));
     const __m256 smallest = _mm256_sub_ps(_mm256_setzero_ps(), largest);
     const __m256i middle = _mm256_set1_epi32(2 * books.largest);
+    const int array = tokens.blocks * BLOCK;
+    const int64_t arrays = tokens.arrays();
     for (int64_t g = first; g < last; ++g) {
-        const float scale = scale_of_array(array_amax(values + g * ARRAY), global_scale, books);
+        const float scale = scale_of_array(amax_of(values + g * array, array), global_scale, books);
         const __m256 inverse = _mm256_set1_ps(scale > 0.0f ? global_scale / scale : 0.0f);
-        alignas(32) float scaled[ARRAY];
-        alignas(32) int32_t steps[ARRAY];
-        for (int i = 0; i < ARRAY; i += 8) {
-            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + i), inverse);
+        alignas(32) float scaled[LARGEST_ARRAY];
+        alignas(32) int32_t steps[LARGEST_ARRAY];
+        for (int i = 0; i < array; i += 8) {
+            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * array + i), inverse);
             const __m256 clamped = _mm256_min_ps(_mm256_max_ps(value, smallest), largest);
             const __m256 half = _mm256_floor_ps(_mm256_add_ps(clamped, clamped));
             _mm256_store_ps(scaled + i, value);
             _mm256_store_si256(reinterpret_cast<__m256i*>(steps + i), _mm256_add_epi32(_mm256_cvtps_epi32(half), middle));
         }
-        int8_t* codes = tokens.codes + token * tokens.columns + g * ARRAY;
-        int best[BLOCKS];
-        for (int b = 0; b < BLOCKS; ++b) best[b] = best_book(books, scaled + b * BLOCK, steps + b * BLOCK);
+        int8_t* codes = tokens.codes + token * tokens.columns + g * array;
+        int best[MOST_BLOCKS];
+        for (int b = 0; b < tokens.blocks; ++b) best[b] = best_book(books, scaled + b * BLOCK, steps + b * BLOCK);
         int32_t sum = 0;
-        for (int i = 0; i < ARRAY; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best[i / BLOCK]];
-        tokens.scales[token * tokens.arrays() + g] = scale * 256.0f;
-        tokens.offsets[token * tokens.arrays() + g] = 32 * sum;
+        for (int i = 0; i < array; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best[i / BLOCK]];
+        tokens.scales[token * arrays + g] = scale * 256.0f;
+        tokens.offsets[token * arrays + g] = 32 * sum;
     }
 }
 
@@ -144,11 +148,12 @@ AVX2 void encode_digits(const Books&, const float* values, float token_scale, in
                         Tokens& tokens) {
     const __m256i low_byte = _mm256_set1_epi32(255), half = _mm256_set1_epi32(128);
     const __m256i first_bytes = _mm256_set1_epi32(0x0C080400);
+    const int array = tokens.blocks * BLOCK;
     for (int64_t g = first; g < last; ++g) {
-        const Digits digits(array_amax(values + g * ARRAY), token_scale);
+        const Digits digits(amax_of(values + g * array, array), token_scale);
         __m256i sums[DIGITS] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-        for (int i = 0; i < ARRAY; i += 8) {
-            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * ARRAY + i), _mm256_set1_ps(digits.first_factor));
+        for (int i = 0; i < array; i += 8) {
+            const __m256 value = _mm256_mul_ps(_mm256_loadu_ps(values + g * array + i), _mm256_set1_ps(digits.first_factor));
             __m256i rest = _mm256_cvtps_epi32(_mm256_mul_ps(value, _mm256_set1_ps(digits.second_factor)));
             for (int digit = 0; digit < DIGITS; ++digit) {
                 rest = _mm256_add_epi32(rest, half);
@@ -156,7 +161,7 @@ AVX2 void encode_digits(const Books&, const float* values, float token_scale, in
                 const __m256i bytes = _mm256_shuffle_epi8(code, first_bytes);  // of four numbers in either half
                 rest = _mm256_srai_epi32(rest, 8);
                 sums[digit] = _mm256_add_epi32(sums[digit], code);
-                int8_t* codes = tokens.codes + (token * DIGITS + digit) * tokens.columns + g * ARRAY + i;
+                int8_t* codes = tokens.codes + (token * DIGITS + digit) * tokens.columns + g * array + i;
                 _mm_storel_epi64(reinterpret_cast<__m128i*>(codes),
                                  _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
             }
@@ -188,45 +193,48 @@ AVX2_INLINE __m256 weight_scales(const uint8_t* scales) {
 }
 
 // Ask for what is some arrays ahead: the processor's own prefetching starts anew on every page.
-AVX2_INLINE void prefetch(const uint8_t* array) {
+AVX2_INLINE void prefetch(const uint8_t* array, int bytes) {
     const char* ahead = reinterpret_cast<const char*>(array + AHEAD);
-    for (int line = 0; line < ARRAY_BYTES; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    for (int line = 0; line < bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
 }
 
 struct Tile {
     const uint8_t* arrays;
-    const __m256i* numbers;  // codewords that were looked up before, 16 registers per array, or null
+    int blocks;  // of an array
+    const __m256i* numbers;  // codewords that were looked up before, two registers per block, or null
 };
 
 // Weights of 6 bits times codewords of 6 bits, weights of 6 bits times codewords or digits of 8, weights of 8 bits times any.
 enum class Kind { small, digits, wide };
 
-// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals.
-template <int NUM_TOKENS, Kind KIND, bool IS_LOOKED_UP>
+// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals. BLOCKS: of an array, or 0 where the tile says how many.
+template <int NUM_TOKENS, Kind KIND, bool IS_LOOKED_UP, int BLOCKS>
 AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t first, int64_t last,
                            float (*totals)[HEIGHT]) {
     const __m256i ones = _mm256_set1_epi16(1);
+    const int blocks = BLOCKS ? BLOCKS : tile.blocks;
+    const int64_t arrays = tokens.arrays();
     __m256 total[NUM_TOKENS];
     for (int t = 0; t < NUM_TOKENS; ++t) total[t] = _mm256_loadu_ps(totals[t]);
     for (int64_t g = first; g < last; ++g) {
-        const uint8_t* array = tile.arrays + g * ARRAY_BYTES;
-        if (!IS_LOOKED_UP) prefetch(array);
+        const uint8_t* array = tile.arrays + g * array_bytes(blocks);
+        if (!IS_LOOKED_UP) prefetch(array, array_bytes(blocks));
         __m256i sums[NUM_TOKENS][2];
         for (int t = 0; t < NUM_TOKENS; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
 #pragma GCC unroll 1
-        for (int b = 0; b < BLOCKS; b += 2) {
+        for (int b = 0; b < blocks; b += 2) {
             __m256i weights[2][2];
             for (int k = 0; k < 2; ++k) {
                 if (IS_LOOKED_UP) {
-                    for (int part = 0; part < 2; ++part) weights[k][part] = tile.numbers[((g - first) * BLOCKS + b + k) * 2 + part];
+                    for (int part = 0; part < 2; ++part) weights[k][part] = tile.numbers[((g - first) * blocks + b + k) * 2 + part];
                 } else {
-                    look_up(pairs, array + (b + k) * 32, array + SELECTORS + (b + k) * 4, weights[k][0], weights[k][1]);
+                    look_up(pairs, array + (b + k) * 32, array + selectors_at(blocks) + (b + k) * 4, weights[k][0], weights[k][1]);
                 }
             }
 #pragma GCC unroll 4
             for (int t = 0; t < NUM_TOKENS; ++t) {
                 int64_t eight[2];
-                std::memcpy(eight, tokens.codes + (token + t) * tokens.columns + g * ARRAY + b * BLOCK, 16);
+                std::memcpy(eight, tokens.codes + (token + t) * tokens.columns + (g * blocks + b) * BLOCK, 16);
                 const __m256i x[2] = {_mm256_set1_epi64x(eight[0]), _mm256_set1_epi64x(eight[1])};
                 for (int part = 0; part < 2; ++part) {
                     __m256i products[2];
@@ -249,10 +257,10 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
                 }
             }
         }
-        const __m256 scales = weight_scales(array + SCALES);
+        const __m256 scales = weight_scales(array + scales_at(blocks));
 #pragma GCC unroll 4
         for (int t = 0; t < NUM_TOKENS; ++t) {
-            const int64_t place = (token + t) * tokens.arrays() + g;
+            const int64_t place = (token + t) * arrays + g;
             if (KIND == Kind::small)
                 for (int part = 0; part < 2; ++part) sums[t][part] = _mm256_madd_epi16(sums[t][part], ones);
             __m256i sum = _mm256_hadd_epi32(sums[t][0], sums[t][1]);
@@ -264,48 +272,56 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
     for (int t = 0; t < NUM_TOKENS; ++t) _mm256_storeu_ps(totals[t], total[t]);
 }
 
-template <Kind KIND, bool IS_LOOKED_UP>
+template <Kind KIND, bool IS_LOOKED_UP, int BLOCKS>
 AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t count,
                            int64_t first, int64_t last, float (*totals)[HEIGHT]) {
-    if (count == 1) add_codes<1, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
-    else if (count == 2) add_codes<2, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
-    else if (count == 3) add_codes<3, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
-    else add_codes<4, KIND, IS_LOOKED_UP>(pairs, tile, tokens, token, first, last, totals);
+    if (count == 1) add_codes<1, KIND, IS_LOOKED_UP, BLOCKS>(pairs, tile, tokens, token, first, last, totals);
+    else if (count == 2) add_codes<2, KIND, IS_LOOKED_UP, BLOCKS>(pairs, tile, tokens, token, first, last, totals);
+    else if (count == 3) add_codes<3, KIND, IS_LOOKED_UP, BLOCKS>(pairs, tile, tokens, token, first, last, totals);
+    else add_codes<4, KIND, IS_LOOKED_UP, BLOCKS>(pairs, tile, tokens, token, first, last, totals);
 }
 
-template <Kind KIND>
+template <Kind KIND, int BLOCKS>
 AVX2 void multiply_codes(const uint8_t* pairs, Tile tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
     const int64_t arrays = tokens.arrays();
     if (last - first <= 4) {
-        add_codes<KIND, false>(pairs, tile, tokens, first, last - first, 0, arrays, totals);
+        add_codes<KIND, false, BLOCKS>(pairs, tile, tokens, first, last - first, 0, arrays, totals);
         return;
     }
-    __m256i numbers[CHUNK * BLOCKS * 2];
+    const int blocks = BLOCKS ? BLOCKS : tile.blocks;
+    __m256i numbers[CHUNK * MOST_BLOCKS * 2];
     tile.numbers = numbers;
     for (int64_t g = 0; g < arrays; g += CHUNK) {
         const int64_t end = g + CHUNK < arrays ? g + CHUNK : arrays;
         for (int64_t h = g; h < end; ++h) {
-            const uint8_t* array = tile.arrays + h * ARRAY_BYTES;
-            prefetch(array);
-            for (int b = 0; b < BLOCKS; ++b) {
-                __m256i* both = numbers + ((h - g) * BLOCKS + b) * 2;
-                look_up(pairs, array + b * 32, array + SELECTORS + b * 4, both[0], both[1]);
+            const uint8_t* array = tile.arrays + h * array_bytes(blocks);
+            prefetch(array, array_bytes(blocks));
+            for (int b = 0; b < blocks; ++b) {
+                __m256i* both = numbers + ((h - g) * blocks + b) * 2;
+                look_up(pairs, array + b * 32, array + selectors_at(blocks) + b * 4, both[0], both[1]);
             }
         }
         for (int64_t m = first; m < last; m += 4)
-            add_codes<KIND, true>(pairs, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
+            add_codes<KIND, true, BLOCKS>(pairs, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
     }
+}
+
+template <int BLOCKS>
+AVX2 void multiply_tile(const Books& books, const Tile& tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
+    const uint8_t *pairs = reinterpret_cast<const uint8_t*>(books.pairs), *shifted = books.shifted_pairs[0];
+    const bool is_small = tokens.largest == 31 && tile.blocks <= 8;
+    if (!books.is_narrow()) multiply_codes<Kind::wide, BLOCKS>(pairs, tile, tokens, first, last, totals);
+    else if (is_small) multiply_codes<Kind::small, BLOCKS>(shifted, tile, tokens, first, last, totals);
+    else multiply_codes<Kind::digits, BLOCKS>(shifted, tile, tokens, first, last, totals);
 }
 
 AVX2 void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, int64_t tile, int64_t first, int64_t last,
                    const Target& target) {
     Totals totals;
     std::memset(totals, 0, sizeof(float) * HEIGHT * static_cast<size_t>(last - first));
-    const Tile here{matrix.codes(tile, 0), nullptr};
-    const uint8_t* pairs = reinterpret_cast<const uint8_t*>(books.pairs);
-    if (!books.is_narrow()) multiply_codes<Kind::wide>(pairs, here, tokens, first, last, totals);
-    else if (tokens.largest == 31) multiply_codes<Kind::small>(books.shifted_pairs[0], here, tokens, first, last, totals);
-    else multiply_codes<Kind::digits>(books.shifted_pairs[0], here, tokens, first, last, totals);
+    const Tile here{matrix.codes(tile, 0), matrix.blocks, nullptr};
+    if (matrix.blocks == 8) multiply_tile<8>(books, here, tokens, first, last, totals);
+    else multiply_tile<0>(books, here, tokens, first, last, totals);
     for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
 }
 

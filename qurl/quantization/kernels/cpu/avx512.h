@@ -43,26 +43,28 @@ AVX512 void encode(const Books& books, const float* values, float global_scale, 
     const __m512 largest = _mm512_set1_ps(static_cast<float>(books.largest));
     const __m512 smallest = _mm512_sub_ps(_mm512_setzero_ps(), largest);
     const __m512i middle = _mm512_set1_epi32(2 * books.largest);
+    const int array = tokens.blocks * BLOCK;
+    const int64_t arrays = tokens.arrays();
     for (int64_t g = first; g < last; ++g) {
-        const float scale = scale_of_array(avx2::array_amax(values + g * ARRAY), global_scale, books);
+        const float scale = scale_of_array(avx2::amax_of(values + g * array, array), global_scale, books);
         const __m512 inverse = _mm512_set1_ps(scale > 0.0f ? global_scale / scale : 0.0f);
-        alignas(64) float scaled[ARRAY];
-        alignas(64) int32_t steps[ARRAY];
-        for (int i = 0; i < ARRAY; i += 16) {
-            const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(values + g * ARRAY + i), inverse);
+        alignas(64) float scaled[LARGEST_ARRAY];
+        alignas(64) int32_t steps[LARGEST_ARRAY];
+        for (int i = 0; i < array; i += 16) {
+            const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(values + g * array + i), inverse);
             const __m512 clamped = _mm512_min_ps(_mm512_max_ps(value, smallest), largest);
             const __m512 half = _mm512_floor_ps(_mm512_add_ps(clamped, clamped));
             _mm512_storeu_ps(scaled + i, value);
             _mm512_storeu_si512(steps + i, _mm512_add_epi32(_mm512_cvtps_epi32(half), middle));
         }
-        int8_t* codes = tokens.codes + token * tokens.columns + g * ARRAY;
+        int8_t* codes = tokens.codes + token * tokens.columns + g * array;
         int32_t sum = 0;
-        for (int b = 0; b < BLOCKS; ++b) {
+        for (int b = 0; b < tokens.blocks; ++b) {
             const int best = best_book(books, scaled + b * BLOCK, steps + b * BLOCK);
             for (int i = b * BLOCK; i < (b + 1) * BLOCK; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best];
         }
-        tokens.scales[token * tokens.arrays() + g] = scale * 256.0f;
-        tokens.offsets[token * tokens.arrays() + g] = 32 * sum;
+        tokens.scales[token * arrays + g] = scale * 256.0f;
+        tokens.offsets[token * arrays + g] = 32 * sum;
     }
 }
 
@@ -111,39 +113,42 @@ AVX512_INLINE __m256i sum_of_halves(__m512i sums) {
 
 struct Tile {
     const uint8_t* arrays;
-    const __m512i* numbers;  // codewords that were looked up before, 8 registers per array, or null
+    int blocks;  // of an array
+    const __m512i* numbers;  // codewords that were looked up before, a register per block, or null
     int too_large;  // what was added to codewords, over 32
 };
 
-// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals.
-template <int NUM_TOKENS, bool IS_LOOKED_UP>
+// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals. BLOCKS: of an array, or 0 where the tile says how many.
+template <int NUM_TOKENS, bool IS_LOOKED_UP, int BLOCKS>
 AVX512_INLINE void add_codes(const Entries& entries, const Tile& tile, const Tokens& tokens, int64_t token, int64_t first,
                              int64_t last, float (*totals)[HEIGHT]) {
+    const int blocks = BLOCKS ? BLOCKS : tile.blocks;
+    const int64_t arrays = tokens.arrays();
     __m256 total[NUM_TOKENS];
     for (int t = 0; t < NUM_TOKENS; ++t) total[t] = _mm256_loadu_ps(totals[t]);
     for (int64_t g = first; g < last; ++g) {
-        const uint8_t* array = tile.arrays + g * ARRAY_BYTES;
-        if (!IS_LOOKED_UP) avx2::prefetch(array);
+        const uint8_t* array = tile.arrays + g * array_bytes(blocks);
+        if (!IS_LOOKED_UP) avx2::prefetch(array, array_bytes(blocks));
         __m512i sums[NUM_TOKENS][2];
         for (int t = 0; t < NUM_TOKENS; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_si512();
 #pragma GCC unroll 4
-        for (int b = 0; b < BLOCKS; b += 2) {
+        for (int b = 0; b < blocks; b += 2) {
             __m512i weights[2];
             if (IS_LOOKED_UP) {
-                for (int part = 0; part < 2; ++part) weights[part] = tile.numbers[(g - first) * BLOCKS + b + part];
+                for (int part = 0; part < 2; ++part) weights[part] = tile.numbers[(g - first) * blocks + b + part];
             } else {
-                look_up(entries, array + b * 32, array + SELECTORS + b * 4, weights[0], weights[1]);
+                look_up(entries, array + b * 32, array + selectors_at(blocks) + b * 4, weights[0], weights[1]);
             }
 #pragma GCC unroll 4
             for (int t = 0; t < NUM_TOKENS; ++t) {
-                const __m512i x = beside(tokens.codes + (token + t) * tokens.columns + g * ARRAY + b * BLOCK);
+                const __m512i x = beside(tokens.codes + (token + t) * tokens.columns + (g * blocks + b) * BLOCK);
                 for (int part = 0; part < 2; ++part) sums[t][part] = _mm512_dpbusd_epi32(sums[t][part], weights[part], x);
             }
         }
-        const __m256 scales = avx2::weight_scales(array + SCALES);
+        const __m256 scales = avx2::weight_scales(array + scales_at(blocks));
 #pragma GCC unroll 4
         for (int t = 0; t < NUM_TOKENS; ++t) {
-            const int64_t place = (token + t) * tokens.arrays() + g;
+            const int64_t place = (token + t) * arrays + g;
             __m256i sum = _mm256_hadd_epi32(sum_of_halves(sums[t][0]), sum_of_halves(sums[t][1]));
             sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(tile.too_large * tokens.offsets[place]));
             const __m256 both = _mm256_mul_ps(scales, _mm256_set1_ps(tokens.scales[place]));
@@ -153,13 +158,38 @@ AVX512_INLINE void add_codes(const Entries& entries, const Tile& tile, const Tok
     for (int t = 0; t < NUM_TOKENS; ++t) _mm256_storeu_ps(totals[t], total[t]);
 }
 
-template <bool IS_LOOKED_UP>
+template <bool IS_LOOKED_UP, int BLOCKS>
 AVX512_INLINE void add_codes(const Entries& entries, const Tile& tile, const Tokens& tokens, int64_t token, int64_t count,
                              int64_t first, int64_t last, float (*totals)[HEIGHT]) {
-    if (count == 1) add_codes<1, IS_LOOKED_UP>(entries, tile, tokens, token, first, last, totals);
-    else if (count == 2) add_codes<2, IS_LOOKED_UP>(entries, tile, tokens, token, first, last, totals);
-    else if (count == 3) add_codes<3, IS_LOOKED_UP>(entries, tile, tokens, token, first, last, totals);
-    else add_codes<4, IS_LOOKED_UP>(entries, tile, tokens, token, first, last, totals);
+    if (count == 1) add_codes<1, IS_LOOKED_UP, BLOCKS>(entries, tile, tokens, token, first, last, totals);
+    else if (count == 2) add_codes<2, IS_LOOKED_UP, BLOCKS>(entries, tile, tokens, token, first, last, totals);
+    else if (count == 3) add_codes<3, IS_LOOKED_UP, BLOCKS>(entries, tile, tokens, token, first, last, totals);
+    else add_codes<4, IS_LOOKED_UP, BLOCKS>(entries, tile, tokens, token, first, last, totals);
+}
+
+template <int BLOCKS>
+AVX512 void multiply_tile(const Entries& entries, Tile tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
+    const int blocks = BLOCKS ? BLOCKS : tile.blocks;
+    const int64_t arrays = tokens.arrays();
+    if (last - first <= 4) {
+        add_codes<false, BLOCKS>(entries, tile, tokens, first, last - first, 0, arrays, totals);
+        return;
+    }
+    __m512i numbers[CHUNK * MOST_BLOCKS];
+    tile.numbers = numbers;
+    for (int64_t g = 0; g < arrays; g += CHUNK) {
+        const int64_t end = g + CHUNK < arrays ? g + CHUNK : arrays;
+        for (int64_t h = g; h < end; ++h) {
+            const uint8_t* array = tile.arrays + h * array_bytes(blocks);
+            avx2::prefetch(array, array_bytes(blocks));
+            for (int b = 0; b < blocks; b += 2) {
+                __m512i* both = numbers + (h - g) * blocks + b;
+                look_up(entries, array + b * 32, array + selectors_at(blocks) + b * 4, both[0], both[1]);
+            }
+        }
+        for (int64_t m = first; m < last; m += 4)
+            add_codes<true, BLOCKS>(entries, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
+    }
 }
 
 AVX512 void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, int64_t tile, int64_t first, int64_t last,
@@ -167,27 +197,9 @@ AVX512 void multiply(const Books& books, const Matrix& matrix, const Tokens& tok
     Totals totals;
     std::memset(totals, 0, sizeof(float) * HEIGHT * static_cast<size_t>(last - first));
     const Entries entries = load(books.shifted[0]);
-    Tile here{matrix.codes(tile, 0), nullptr, books.is_narrow() ? 1 : 4};
-    const int64_t arrays = tokens.arrays();
-    __m512i numbers[CHUNK * BLOCKS];
-    if (last - first <= 4) {
-        add_codes<false>(entries, here, tokens, first, last - first, 0, arrays, totals);
-    } else {
-        here.numbers = numbers;
-        for (int64_t g = 0; g < arrays; g += CHUNK) {
-            const int64_t end = g + CHUNK < arrays ? g + CHUNK : arrays;
-            for (int64_t h = g; h < end; ++h) {
-                const uint8_t* array = here.arrays + h * ARRAY_BYTES;
-                avx2::prefetch(array);
-                for (int b = 0; b < BLOCKS; b += 2) {
-                    __m512i* both = numbers + (h - g) * BLOCKS + b;
-                    look_up(entries, array + b * 32, array + SELECTORS + b * 4, both[0], both[1]);
-                }
-            }
-            for (int64_t m = first; m < last; m += 4)
-                add_codes<true>(entries, here, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
-        }
-    }
+    const Tile here{matrix.codes(tile, 0), matrix.blocks, nullptr, books.is_narrow() ? 1 : 4};
+    if (matrix.blocks == 8) multiply_tile<8>(entries, here, tokens, first, last, totals);
+    else multiply_tile<0>(entries, here, tokens, first, last, totals);
     for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
 }
 

@@ -1,12 +1,12 @@
-"""LO-BCQ linear layers on the CPU, with weights that stay packed: 37 bytes per 64 of them.
+"""LO-BCQ linear layers on the CPU, with weights that stay packed: 37 bytes per 64 of them in the package's layout.
 
-The layout is that of the format's own settings: blocks of 8, arrays of 64, 16 books, with codewords of 6 or 8 bits. `tiles.h` says
-how weights lie in memory, `portable.h` which sums are exact and in what order the others are taken, so that every set of
-instructions gives the same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format
-the activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no
-codewords: its activations become whole numbers of 23 bits with a scale for each array, which loses less than 2^-22 of the array's
-largest number, so that its products are sums of integers as well. A rotation of the format turns a token's float32 numbers
-before either, with the bits of `rotate`.
+Blocks have 8 inputs; arrays of 16 to 128, up to 16 books and codewords of 6 or 8 bits are all taken, and a block's book takes 4
+bits in memory however few there are. `tiles.h` says how weights lie in memory, `portable.h` which sums are exact and in what order
+the others are taken, so that every set of instructions gives the same bits and a token's result does not depend on its neighbors.
+With `quantize_activations` of the format the activations' codewords agree bit for bit; results differ from its `linear` by the
+rounding of float32 sums. W4A16 has no codewords: its activations become whole numbers of 23 bits with a scale for each array, which
+loses less than 2^-22 of the array's largest number, so that its products are sums of integers as well. A
+rotation of the format turns a token's float32 numbers before either, with the bits of `rotate`.
 
 Sets of instructions: AVX-512 with VBMI and VNNI, AVX2, and portable C++ for all others. Tests run the AVX-512 loops by an emulation
 where the processor has no such instructions; speed not measured: AVX-512.
@@ -25,15 +25,17 @@ from torch import Tensor
 
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.kernels.cpu.library import Library, load
-from qurl.quantization.lobcq import Codebooks, Layout, LoBcq
+from qurl.quantization.lobcq import Codebooks, LoBcq
+from qurl.quantization.packing import pack_bits, unpack_bits
 
-_LAYOUTS = (Layout(), Layout(codeword_bits=8))
+_BLOCK = 8
+_SELECTOR_BITS = 4
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
 def has_kernel(format: QuantizationFormat) -> bool:
     """Whether the loops are written for this format; whether they can run here is another question, see library.load."""
-    return isinstance(format, LoBcq) and format.layout in _LAYOUTS
+    return isinstance(format, LoBcq) and format.layout.block == _BLOCK
 
 
 class LoBcqKernel:
@@ -44,43 +46,52 @@ class LoBcqKernel:
         self._library = _typed(library)  # which owns what `_how` points to
         self._functions = library.functions
         self._keeps_activations = format.keeps_activations
+        self._array = format.layout.array
+        self._blocks = format.layout.array // _BLOCK  # of an array
+        self._selector_bits = format.layout.selector_bits  # on the wire
         self._weight_books = self._books(format.codebooks.weights)
         self._activation_books = self._books(format.codebooks.activations)
         self._how = (library.path_number, library.openmp, format.rotation)  # arguments of what computes
 
     def pack(self, wire: Mapping[str, Tensor]) -> Tensor:
         """uint8 [bytes] from wire tensors with one row per output feature, the global scale too: its matrices may be several."""
-        codes, selectors = wire["weight"].contiguous(), wire["weight_selector"].contiguous()
+        codes = wire["weight"].contiguous()
+        selectors = self._wide_selectors(wire, len(codes), 2 * codes.shape[1] // _BLOCK)
         scales = wire["weight_scale"].contiguous()
         global_scales = wire["weight_global_scale"].float().contiguous()
         rows, columns = len(codes), 2 * codes.shape[1]
-        packed = torch.empty(self._functions.qurl_lobcq_bytes(rows, columns), dtype=torch.uint8)
+        packed = torch.empty(self._functions.qurl_lobcq_bytes(rows, columns, self._blocks), dtype=torch.uint8)
         self._functions.qurl_lobcq_pack(
-            rows, columns, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(), global_scales.data_ptr()
-        )
+            rows, columns, self._blocks, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(),
+            global_scales.data_ptr(),
+        )  # fmt: skip
         return packed
 
     def unpack(self, packed: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
         """What `pack` was given."""
         codes = torch.empty((rows, columns // 2), dtype=torch.uint8)
-        selectors = torch.empty((rows, columns // 16), dtype=torch.uint8)
-        scales = torch.empty((rows, columns // 64), dtype=torch.float8_e4m3fn)
+        selectors = torch.empty((rows, columns // _BLOCK // 2), dtype=torch.uint8)
+        scales = torch.empty((rows, columns // self._array), dtype=torch.float8_e4m3fn)
         global_scales = torch.empty((rows, 1), dtype=torch.float32)
         self._functions.qurl_lobcq_unpack(
-            rows, columns, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(), global_scales.data_ptr()
-        )
-        return {"weight": codes, "weight_selector": selectors, "weight_scale": scales, "weight_global_scale": global_scales}
+            rows, columns, self._blocks, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(),
+            global_scales.data_ptr(),
+        )  # fmt: skip
+        wire = {"weight": codes}
+        if self._selector_bits:
+            wire["weight_selector"] = _repacked(selectors, _SELECTOR_BITS, self._selector_bits, columns // _BLOCK)
+        return {**wire, "weight_scale": scales, "weight_global_scale": global_scales}
 
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As the format's for W4A4: codewords, here int8 [T, I], and float32 scales [T, I/64]; x: bfloat16 or float32 [T, I]."""
+        """As the format's for W4A4: codewords, here int8 [T, I], and float32 scales [T, I/L_A]; x: bfloat16 or float32 [T, I]."""
         x = x.contiguous()
         codes = torch.empty(x.shape, dtype=torch.int8)
-        scales = torch.empty((x.shape[0], x.shape[1] // 64), dtype=torch.float32)
+        scales = torch.empty((x.shape[0], x.shape[1] // self._array), dtype=torch.float32)
         factors = torch.empty((x.shape[0], 1), dtype=torch.float64)
         if len(x):
             self._functions.qurl_lobcq_encode(
-                self._activation_books, *self._how, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, codes.data_ptr(),
-                scales.data_ptr(), factors.data_ptr(),
+                self._activation_books, *self._how, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, self._blocks,
+                codes.data_ptr(), scales.data_ptr(), factors.data_ptr(),
             )  # fmt: skip
         return codes, (scales / 256.0) / factors.reciprocal().float()
 
@@ -95,14 +106,27 @@ class LoBcqKernel:
         if out.numel():
             self._functions.qurl_lobcq_linear(
                 self._weight_books, self._activation_books, *self._how, self._keeps_activations, x.data_ptr(),
-                x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows, x.shape[1],
+                x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows, x.shape[1], self._blocks,
                 None if bias is None else bias.data_ptr(), bias is not None and bias.dtype == torch.bfloat16, out.data_ptr(),
             )  # fmt: skip
         return out
 
+    def _wide_selectors(self, wire: Mapping[str, Tensor], rows: int, blocks: int) -> Tensor:
+        """uint8 [rows, blocks / 2]"""
+        if not self._selector_bits:
+            return torch.zeros((rows, blocks // 2), dtype=torch.uint8)
+        return _repacked(wire["weight_selector"], self._selector_bits, _SELECTOR_BITS, blocks)
+
     def _books(self, codebooks: Codebooks) -> int:
-        entries = torch.tensor(codebooks.entries, dtype=torch.int8)
+        books = list(codebooks.entries)
+        books += books[-1:] * (2**_SELECTOR_BITS - len(books))  # the first of equals is chosen, so copies never are
+        entries = torch.tensor(books, dtype=torch.int8)
         return self._functions.qurl_lobcq_books(entries.data_ptr(), codebooks.layout.largest)
+
+
+def _repacked(selectors: Tensor, bits: int, wanted: int, count: int) -> Tensor:
+    """`count` a row, of so many bits each."""
+    return selectors.contiguous() if bits == wanted else pack_bits(unpack_bits(selectors, bits, count), wanted)
 
 
 @cache
@@ -117,12 +141,12 @@ def _typed(library: Library) -> Library:
     how: list[Any] = [c_int, c_void_p, c_int]
     functions.qurl_lobcq_books.argtypes = [c_void_p, c_int]
     functions.qurl_lobcq_books.restype = c_void_p
-    functions.qurl_lobcq_bytes.argtypes = [c_int64, c_int64]
+    functions.qurl_lobcq_bytes.argtypes = [c_int64, c_int64, c_int]
     functions.qurl_lobcq_bytes.restype = c_int64
-    functions.qurl_lobcq_pack.argtypes = functions.qurl_lobcq_unpack.argtypes = [c_int64, c_int64, *[c_void_p] * 5]
-    functions.qurl_lobcq_encode.argtypes = [c_void_p, *how, c_void_p, c_int, c_int64, c_int64, *[c_void_p] * 3]
+    functions.qurl_lobcq_pack.argtypes = functions.qurl_lobcq_unpack.argtypes = [c_int64, c_int64, c_int, *[c_void_p] * 5]
+    functions.qurl_lobcq_encode.argtypes = [c_void_p, *how, c_void_p, c_int, c_int64, c_int64, c_int, *[c_void_p] * 3]
     functions.qurl_lobcq_linear.argtypes = [
-        c_void_p, c_void_p, *how, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int,
+        c_void_p, c_void_p, *how, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_int, c_void_p, c_int,
         c_void_p,
     ]  # fmt: skip
     for name in ("pack", "unpack", "encode", "linear"):

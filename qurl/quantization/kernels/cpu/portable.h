@@ -55,16 +55,17 @@ namespace portable {
 
 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
             Tokens& tokens) {
+    const int array = tokens.blocks * BLOCK;
     for (int64_t g = first; g < last; ++g) {
         float amax = 0.0f;
-        for (int i = 0; i < ARRAY; ++i) amax = std::max(amax, std::fabs(values[g * ARRAY + i]));
+        for (int i = 0; i < array; ++i) amax = std::max(amax, std::fabs(values[g * array + i]));
         const float scale = scale_of_array(amax, global_scale, books);
         const float inverse = scale > 0.0f ? global_scale / scale : 0.0f;
         const float largest = static_cast<float>(books.largest);
         int32_t sum = 0;
-        for (int b = 0; b < BLOCKS; ++b) {
-            const float* block = values + g * ARRAY + b * BLOCK;
-            int8_t* codes = tokens.codes + token * tokens.columns + g * ARRAY + b * BLOCK;
+        for (int b = 0; b < tokens.blocks; ++b) {
+            const float* block = values + g * array + b * BLOCK;
+            int8_t* codes = tokens.codes + token * tokens.columns + g * array + b * BLOCK;
             int steps[BLOCK];
             float errors[ENTRIES] = {};
             for (int i = 0; i < BLOCK; ++i) {
@@ -87,17 +88,18 @@ void encode(const Books& books, const float* values, float global_scale, int64_t
 
 void encode_digits(const Books&, const float* values, float token_scale, int64_t first, int64_t last, int64_t token,
                    Tokens& tokens) {
+    const int array = tokens.blocks * BLOCK;
     for (int64_t g = first; g < last; ++g) {
         float amax = 0.0f;
-        for (int i = 0; i < ARRAY; ++i) amax = std::max(amax, std::fabs(values[g * ARRAY + i]));
+        for (int i = 0; i < array; ++i) amax = std::max(amax, std::fabs(values[g * array + i]));
         const Digits digits(amax, token_scale);
         int32_t sums[DIGITS] = {};
-        for (int i = 0; i < ARRAY; ++i) {
-            int32_t rest = static_cast<int32_t>(std::nearbyint(values[g * ARRAY + i] * digits.first_factor * digits.second_factor));
+        for (int i = 0; i < array; ++i) {
+            int32_t rest = static_cast<int32_t>(std::nearbyint(values[g * array + i] * digits.first_factor * digits.second_factor));
             for (int digit = 0; digit < DIGITS; ++digit) {
                 const int32_t code = ((rest + 128) & 255) - 128;
                 rest = (rest - code) / 256;
-                tokens.codes[(token * DIGITS + digit) * tokens.columns + g * ARRAY + i] = static_cast<int8_t>(code);
+                tokens.codes[(token * DIGITS + digit) * tokens.columns + g * array + i] = static_cast<int8_t>(code);
                 sums[digit] += code;
             }
         }
@@ -129,31 +131,32 @@ float load(const Source& source, int64_t token, int64_t columns, float* values) 
     return largest_magnitude(values, columns);
 }
 
-inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int64_t g, int8_t numbers[HEIGHT][ARRAY]) {
+inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int64_t g, int8_t numbers[HEIGHT][LARGEST_ARRAY]) {
     for (int r = 0; r < HEIGHT; ++r)
-        for (int b = 0; b < BLOCKS; ++b) {
+        for (int b = 0; b < matrix.blocks; ++b) {
             const uint8_t* codes = matrix.codes(tile, g) + b * 32 + ((r & 1) | (r >> 2) << 1) * 8;
             const int book = matrix.selectors(tile, g)[b * 4 + (r & 3)] >> (r >> 2) * 4 & 15;
             for (int j = 0; j < BLOCK; ++j) numbers[r][b * BLOCK + j] = books.pairs[book][codes[j] >> (r >> 1 & 1) * 4 & 15];
         }
 }
 
-inline float sum_codes(const int8_t* numbers, const int8_t* x) {
+inline float sum_codes(const int8_t* numbers, const int8_t* x, int count) {
     int32_t sum = 0;
-    for (int i = 0; i < ARRAY; ++i) sum += numbers[i] * x[i];
+    for (int i = 0; i < count; ++i) sum += numbers[i] * x[i];
     return static_cast<float>(sum);
 }
 
 void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, int64_t tile, int64_t first, int64_t last,
               const Target& target) {
     Totals totals = {};
-    int8_t numbers[HEIGHT][ARRAY];
+    int8_t numbers[HEIGHT][LARGEST_ARRAY];
+    const int array = matrix.blocks * BLOCK;
     for (int64_t g = 0; g < matrix.arrays(); ++g) {
         look_up(books, matrix, tile, g, numbers);
         for (int64_t m = first; m < last; ++m)
             for (int r = 0; r < HEIGHT; ++r) {
                 const float scale = books.e4m3[matrix.scales(tile, g)[r]] * tokens.scales[m * tokens.arrays() + g];
-                totals[m - first][r] += sum_codes(numbers[r], tokens.codes + m * matrix.columns + g * ARRAY) * scale;
+                totals[m - first][r] += sum_codes(numbers[r], tokens.codes + m * matrix.columns + g * array, array) * scale;
             }
     }
     for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
