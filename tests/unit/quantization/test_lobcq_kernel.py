@@ -17,8 +17,8 @@ from qurl.quantization.hadamard import SIZES, rotate
 from qurl.quantization.kernels.cpu import library
 from qurl.quantization.kernels.cpu.library import PATHS, KernelsUnavailable, Library
 from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, has_kernel
-from qurl.quantization.lobcq import CodebookSets, LayerCodebooks, Layout, LoBcq
-from qurl.quantization.packing import unpack, unpack_bits
+from qurl.quantization.lobcq import Codebooks, CodebookSets, LayerCodebooks, Layout, LoBcq
+from qurl.quantization.packing import pack, pack_bits, unpack, unpack_bits
 from qurl.quantization.rotation import with_rotation
 
 try:
@@ -33,6 +33,7 @@ def emulated():
     compiler = os.environ.get("CXX") or next(filter(shutil.which, library.COMPILERS))
     version = hashlib.sha256(header.read_bytes()).hexdigest()[:8]  # so that the cache has no other one's
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "SOURCES", [name for name in library.SOURCES if name == "lobcq.cpp" or name.endswith(".h")])
         patch.setenv("CXX", f"{compiler} -include {shlex.quote(str(header))} -DVERSION=0x{version}")
         return ctypes.CDLL(str(library._compiled()))
 
@@ -53,6 +54,8 @@ CASES = {name: FORMATS[name] for name in ("lobcq", "lobcq_int8", "lobcq_w4a16")}
 CASES |= {"w6a8": of_operands("lobcq", "lobcq_int8"), "w8a6": of_operands("lobcq_int8", "lobcq")}
 KERNELS = {(name, path): LoBcqKernel(format, held) for name, format in CASES.items() for path, held in LIBRARIES.items()}
 W4A4 = [name for name, format in CASES.items() if not format.keeps_activations]
+LAYOUTS = [Layout(array=16, num_codebooks=8), Layout(array=32, num_codebooks=2), Layout(num_codebooks=4),
+           Layout(array=128, num_codebooks=1), Layout(array=128), Layout(array=128, codeword_bits=8)]  # fmt: skip
 SHAPES = [(1, 64, 1), (7, 64, 5), (8, 128, 33), (13, 192, 2), (31, 320, 16), (9, 640, 70), (65, 64, 3), (24, 1088, 4)]
 
 
@@ -72,8 +75,8 @@ def rows_of(wire):
 
 def in_order(format, x, rows):
     """What `linear` promises, bit for bit: x [T, I] float32 -> [T, O] float32."""
-    blocks = rows["weight"].shape[1] // 4
-    books = unpack_bits(rows["weight_selector"], 4, blocks).long()
+    blocks, bits = rows["weight"].shape[1] // 4, format.layout.selector_bits
+    books = unpack_bits(rows["weight_selector"], bits, blocks).long() if bits else torch.zeros(len(rows["weight"]), blocks).long()
     entries = books[:, :, None] * 16 + unpack(rows["weight"]).unflatten(1, (-1, 8)).long()
     weights = format.codebooks.weights.table[entries].flatten(1)
     weights, weight_scales = format.grouped(weights), rows["weight_scale"].float()
@@ -101,27 +104,31 @@ def in_order(format, x, rows):
     return (total.double() * (row_scales * (1.0 / token_scale.double()))).float()
 
 
-@pytest.mark.parametrize("rows,columns,tokens", SHAPES)
-def test_results_are_those_of_a_loop_in_the_promised_order_bit_for_bit(case, rows, columns, tokens):
-    format, kernel = case
+def assert_in_order(format, kernel, rows, columns, tokens):
     weight = normal(rows, columns, seed=rows) * (0.5 * normal(rows, 1)).exp()
     weight[0, 64:128], weight[rows // 2] = 0.0, 0.0
     x = normal(tokens, columns, seed=columns) * (normal(1, columns, seed=3)).exp()
     x[-1, :64], x[tokens // 2] = 0.0, 0.0
     matrix, bias = rows_of(format.encode(weight)), normal(rows, seed=5)
     packed = kernel.pack(matrix)
-    assert packed.nbytes == math.ceil(rows / 8) * 8 * (37 * columns // 64 + 8)
-    for found, given in zip(kernel.unpack(packed, rows, columns).values(), matrix.values(), strict=True):
-        assert torch.equal(found.float(), given.float())
+    assert packed.nbytes == math.ceil(rows / 8) * 8 * (36 * columns // 64 + columns // format.layout.array + 8)
+    unpacked = kernel.unpack(packed, rows, columns)
+    assert list(unpacked) == list(matrix) and all(torch.equal(unpacked[name].float(), matrix[name].float()) for name in matrix)
     expected = in_order(format, x, matrix)
     assert torch.equal(kernel.linear(x, packed, rows, None), expected)
     assert torch.equal(kernel.linear(x, packed, rows, bias), expected + bias)
     exact = format.round_activations(x).double() @ format.decode(format.encode(weight)).double().T
     magnitude = format.round_activations(x).double().abs() @ format.decode(format.encode(weight)).double().abs().T
-    assert ((expected - exact).abs() <= (columns / 64 + 12) * 2.0**-24 * magnitude).all()  # float32 sums and scales
+    num_terms = columns / format.layout.array + 12  # float32 sums and scales
+    assert ((expected - exact).abs() <= num_terms * 2.0**-24 * magnitude).all()
     half = x.bfloat16()
     assert torch.equal(kernel.linear(half, packed, rows, bias.bfloat16()),
                        (in_order(format, half.float(), matrix) + bias.bfloat16().float()).bfloat16())  # fmt: skip
+
+
+@pytest.mark.parametrize("rows,columns,tokens", SHAPES)
+def test_results_are_those_of_a_loop_in_the_promised_order_bit_for_bit(case, rows, columns, tokens):
+    assert_in_order(*case, rows, columns, tokens)
 
 
 def hard_tokens(format):
@@ -175,18 +182,45 @@ def test_all_sets_of_instructions_give_the_same_bits():
             assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_the_largest_sums_do_not_overflow(case):
+def assert_no_overflow(format, kernel):
     """Codewords that are all of the largest magnitude, with either sign."""
-    format, kernel = case
-    extreme = [book.index(max(book, key=abs)) + 16 * k for k, book in enumerate(format.codebooks.weights.entries)
-               if max(map(abs, book)) == format.layout.largest]  # fmt: skip
-    codes = torch.tensor([[entry % 16] * 128 for entry in extreme], dtype=torch.uint8)
-    books = torch.tensor([[entry // 16] * 16 for entry in extreme], dtype=torch.uint8)
-    matrix = {"weight": codes[:, 0::2] | codes[:, 1::2] << 4, "weight_selector": books[:, 0::2] | books[:, 1::2] << 4,
-              "weight_scale": torch.full((len(extreme), 2), 448.0).to(torch.float8_e4m3fn),
-              "weight_global_scale": torch.ones(len(extreme), 1)}  # fmt: skip
-    x = torch.tensor([[1.0], [-1.0]]).expand(2, 128) * 100.0
-    assert torch.equal(kernel.linear(x, kernel.pack(matrix), len(extreme), None), in_order(format, x, matrix))
+    layout = format.layout
+    extreme = [(k, book.index(entry)) for k, book in enumerate(format.codebooks.weights.entries)
+               for entry in (book[0], book[-1]) if abs(entry) == layout.largest]  # fmt: skip
+    codes = torch.tensor([[code] * 256 for _, code in extreme], dtype=torch.uint8)
+    matrix = {"weight": pack(codes)}
+    if layout.selector_bits:
+        matrix["weight_selector"] = pack_bits(torch.tensor([[k] * 32 for k, _ in extreme], dtype=torch.uint8), layout.selector_bits)
+    matrix["weight_scale"] = torch.full((len(extreme), 256 // layout.array), 448.0).to(torch.float8_e4m3fn)
+    matrix["weight_global_scale"] = torch.ones(len(extreme), 1)
+    x = torch.tensor([[1.0], [-1.0]]).expand(2, 256) * 100.0
+    assert extreme and torch.equal(kernel.linear(x, kernel.pack(matrix), len(extreme), None), in_order(format, x, matrix))
+
+
+def test_the_largest_sums_do_not_overflow(case):
+    assert_no_overflow(*case)
+
+
+def even_codebooks(layout):
+    """Entries at equal distances; the last book is the widest."""
+    widths = range(layout.largest - layout.num_codebooks + 1, layout.largest + 1)
+    books = tuple(tuple(round(width * (2 * c - 15) / 15) for c in range(16)) for width in widths)
+    return Codebooks(layout=layout, entries=books)
+
+
+@pytest.mark.parametrize("path", LIBRARIES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.file_name.removesuffix(".json"))
+def test_other_arrays_and_fewer_books_keep_the_same_promises(layout, path):
+    for keeps_activations in (False, True):
+        format = LoBcq("other", layout, even_codebooks(layout), keeps_activations)
+        kernel = LoBcqKernel(format, LIBRARIES[path])
+        for rows, columns, tokens in ((1, 128, 1), (13, 384, 6), (21, 1152, 2)):
+            assert_in_order(format, kernel, rows, columns, tokens)
+        assert_no_overflow(format, kernel)
+        if not keeps_activations:
+            codes, scales = kernel.quantize_activations(hard_tokens(format))
+            expected_codes, expected_scales = format.quantize_activations(hard_tokens(format))
+            assert torch.equal(codes.float(), expected_codes) and torch.equal(scales, expected_scales)
 
 
 def test_a_token_s_result_depends_neither_on_its_neighbors_nor_on_threads(case):
@@ -224,11 +258,10 @@ def test_any_layout_of_x_and_any_dtype_is_taken(case):
     assert kernel.linear(x[:0].bfloat16(), packed, 16, None).shape == (0, 16)
 
 
-def test_only_the_layout_of_the_formats_has_a_kernel():
+def test_blocks_of_eight_have_a_kernel():
     assert all(map(has_kernel, CASES.values()))
     assert not any(has_kernel(FORMATS[name]) for name in ("int8", "nvfp4", "nf4"))
-    others = (Layout(block=4), Layout(array=128), Layout(num_codebooks=8))
-    assert not any(has_kernel(LoBcq("other", layout, "")) for layout in others)
+    assert not any(has_kernel(LoBcq("other", Layout(block=block), "")) for block in (2, 4))
 
 
 @pytest.fixture

@@ -94,15 +94,15 @@ def test_a_compiled_layer_is_one_node_and_computes_the_same():
 
 
 def test_other_devices_formats_and_layouts_are_decoded():
-    other = LoBcq("lobcq_array_128", Layout(array=128), FORMATS["lobcq"].sets)
+    other = LoBcq("lobcq_blocks_of_4", Layout(block=4), FORMATS["lobcq"].sets)
     for format, shape in ((FORMATS["lobcq"], shape_of(8, device="meta")), (FORMATS["nvfp4"], shape_of(8)), (other, shape_of(8))):
         assert isinstance(select_kernel(format, nn.Module(), shape), Decoded)
 
 
-OTHER = Layout(block=4, array=32, num_codebooks=8)
-
-
-@pytest.mark.parametrize(("layout", "kernel_class"), [(Layout(), PackedLoBcq), (OTHER, Decoded)])
+@pytest.mark.parametrize(("layout", "kernel_class"), [
+    (Layout(), PackedLoBcq), (Layout(array=32, num_codebooks=1), PackedLoBcq),
+    (Layout(block=4, array=32, num_codebooks=8), Decoded),
+])  # fmt: skip
 def test_codebooks_of_a_file_beside_the_packages_in_one_process(layout, kernel_class):
     even = tuple(tuple(round((31 - layout.num_codebooks + k) * (2 * c - 15) / 15) for c in range(16))
                  for k in range(layout.num_codebooks))  # fmt: skip
