@@ -85,7 +85,8 @@ def calibrated(
 ) -> tuple[CodebookSets, list[FoundSet]]:
     """The sets, and how each fits; see model_blocks for other arguments. layouts: of WEIGHTS and ACTIVATIONS, equal unless `per`
     tells these apart. journal: file of the sets found so far. progress: (done, total) sets. Raises ValueError as model_blocks."""
-    question = {"model": folder_digest(model), "layouts": {name: asdict(layout) for name, layout in layouts.items()}}
+    question: dict[str, Any] = {"model": folder_digest(model)}
+    question |= {"layouts": {name: asdict(layout) for name, layout in layouts.items()}}
     question |= {"text": None if text is None else hashlib.sha256(json.dumps(text.documents).encode()).hexdigest()}
     question |= {"per": per.value, "weights": weights, "rotation": rotation, "ignore": list(ignore), "seed": seed}
     samples = model_blocks(model, text, layouts, per=per, weights=weights, rotation=rotation, ignore=ignore, seed=seed)
