@@ -32,7 +32,7 @@ class CompiledInt8(CodeProduct):
         self.scale = torch.empty(0)
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.packed = into_storage(self.packed, self.kernel.pack(rows))
+        self.packed = self.kernel.pack(rows, self.packed)
         self.scale = into_storage(self.scale, rows["weight_scale"])
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:

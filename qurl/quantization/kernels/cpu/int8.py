@@ -54,8 +54,10 @@ class Int8Kernel:
         self._address = addressof(self._layout)
         self._openmp = library.openmp
 
-    def pack(self, wire: Mapping[str, Tensor]) -> Tensor:
-        """uint8 [bytes] from the wire tensors but for the scales; ValueError for more inputs than sums of 32 bits hold."""
+    def pack(self, wire: Mapping[str, Tensor], storage: Tensor | None = None) -> Tensor:
+        """uint8 [bytes] from the wire tensors but for the scales, in `storage` where that has the size.
+
+        Raises ValueError for more inputs than sums of 32 bits hold."""
         tensors = {name: tensor.contiguous() for name, tensor in wire.items()}
         rows, columns = tensors["weight"].shape
         columns *= 2 if is_packed(tensors["weight"]) else 1
@@ -64,7 +66,10 @@ class Int8Kernel:
                 f"a layer of {columns} inputs has sums beyond 32 bits, which parts of {MOST_COLUMNS} do not; add it to "
                 "quantization.ignore or raise rollout.tensor_parallel_size"
             )
-        packed = torch.empty(self._functions.qurl_int8_bytes(self._address, rows, columns), dtype=torch.uint8)
+        num_bytes = self._functions.qurl_int8_bytes(self._address, rows, columns)
+        packed = storage
+        if packed is None or packed.nbytes != num_bytes:
+            packed = torch.empty(num_bytes, dtype=torch.uint8)
         parts = [tensors[name].data_ptr() if name in wire else None for name in ("weight", "weight_sign", "weight_index")]
         self._functions.qurl_int8_pack(self._address, self._openmp, rows, columns, packed.data_ptr(), *parts)
         return packed
