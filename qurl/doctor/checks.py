@@ -139,7 +139,7 @@ def _precisions(machine: Hardware) -> Iterator[Finding]:
     yield Finding(Level.ok, "int8", f"native ({machine.int8_instructions or 'AVX2, compiled on first use'})")
     yield _native("bf16", bf16, "consider rollout.engine_args.dtype=float32")
     yield Finding(Level.ok, "fp8, fp8_block", "emulated on every CPU: exact numbers, slow")
-    yield Finding(Level.ok, "lobcq, axbxp_k2l2, axbxp_k1l3", "native (AVX2, compiled on first use)")
+    yield Finding(Level.ok, "lobcq, axbxp_k2l2, axbxp_k1l3", "native (AVX2 or better, compiled on first use)")
     yield Finding(Level.ok, "other formats of 4 bits", "emulated everywhere: exact numbers, the speed of float32")
 
 
