@@ -2,7 +2,8 @@
 
     calibration documents   the search. What must not grow is the divergence from full precision: on text that the model itself
                             would write, the logarithm of the factor that perplexity grows by, without the noise of losses
-    confirmation documents  how many of the search's steps stand: as many of the first as keep perplexity within the bound
+    confirmation documents  whether the network's setting stands, or the next dearer one takes its place; and how many of the steps
+                            do: as many of the first as keep perplexity within the bound
     test documents          a table of all candidates and of what was found; they have no say in it
 
 Matrices that an engine runs as one have one setting. All that is measured is kept in a folder, so that a killed search goes on:
@@ -50,6 +51,8 @@ COMPUTE_SHARE = 0.5
 """Of INT8's energy that the model of energy gives to products."""
 
 Progress = Callable[[str, int, int | None], None]  # (what, done, total or None where nobody knows)
+Growth = Callable[[str, Mapping[str, Precision]], Estimate]
+"""Perplexity over that of full precision, by a name and the precision of every layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +126,9 @@ def search_precision(
         path = out / part / f"{name}.jsonl"
         return journaled_losses(path, asked, documents, lambda skip: shown(skip, switched.losses(precision, documents[skip:])))
 
-    found = _search(matrices, measure, settings, journal)
-    layers, num_steps, confirmed = _confirmed(found, matrices, settings, partial(losses, "confirmation", confirmation))
+    grown = _growth(partial(losses, "confirmation", confirmation))
+    found = _search(matrices, measure, settings, journal, grown)
+    layers, num_steps, confirmed = _confirmed(found, matrices, settings.max_loss, grown)
     measured = {candidate: dict.fromkeys(matrices, parse(candidate)) for candidate in settings.candidates} | {FOUND: layers}
     baseline = losses("test", test, "none", None)
     rows = [
@@ -192,9 +196,10 @@ def _begin(model: Path, out: Path, settings: SearchSettings, documents: Mapping[
 
 def _search(
     matrices: Mapping[str, float], measure: Callable[[Mapping[str, Precision]], float], settings: SearchSettings,
-    journal: MutableMapping[str, float],
-) -> Found:
-    """On the calibration documents. Raises ValueError where INT8 itself or every candidate is above the bound."""
+    journal: MutableMapping[str, float], grown: Growth,
+) -> Found:  # fmt: skip
+    """On the calibration documents, from the cheapest candidate that meets the bound there and on those of the confirmation. Raises
+    ValueError where INT8 itself or every candidate is above it."""
     bound = math.log1p(settings.max_loss)
     whole = dict.fromkeys(matrices, parse(INT8))
     if INT8 not in journal:
@@ -204,11 +209,23 @@ def _search(
             f"--max-loss {settings.max_loss:g}: INT8 with all blocks, {INT8}, is {math.expm1(journal[INT8]):.2g} by divergence "
             "from full precision, so nothing cheaper meets it; give a larger one, or --ignore the layers that suffer"
         )
-    try:
-        candidates = [parse(candidate) for candidate in settings.candidates]
-        return search(matrices, measure, bound, candidates, steps=_steps, journal=journal)
-    except ValueError as error:
-        raise ValueError(f"--max-loss {settings.max_loss:g}, {bound:.4g} nats: {error}; add {INT8} to --candidates") from error
+    candidates = [parse(candidate) for candidate in settings.candidates]
+    refused = ""
+    while candidates:
+        try:
+            network = search(matrices, measure, bound, candidates, steps=lambda precision: (), journal=journal).network
+        except ValueError as error:
+            told = f"--max-loss {settings.max_loss:g}, {bound:.4g} nats: {refused}{error}; add {INT8} to --candidates"
+            raise ValueError(told) from error
+        found = grown(str(network), dict.fromkeys(matrices, network))
+        if found.value - 1 <= settings.max_loss:
+            return search(matrices, measure, bound, [network], steps=_steps, journal=journal)
+        candidates.remove(network)
+        refused = f"{network} has {found.value - 1:.2g} +- {found.standard_error:.2g} on the confirmation documents, and "
+    raise ValueError(
+        f"--max-loss {settings.max_loss:g}: {refused}no other candidate is left; give more of --num-calibration and "
+        f"--num-confirmation, a larger --max-loss, or {INT8} among the --candidates"
+    )
 
 
 def _steps(precision: Precision) -> list[Precision]:
@@ -220,38 +237,30 @@ def _steps(precision: Precision) -> list[Precision]:
     return found if lowest in (precision, *found) else [*found, lowest]
 
 
+def _growth(losses: Callable[[str, Any], list[DocumentLoss]]) -> Growth:
+    """losses: of documents, by a name and a quantization.precision."""
+    return lambda name, layers: ratio(perplexity(losses(name, _settings(layers))), perplexity(losses("none", None)))
+
+
 def _confirmed(
-    found: Found, matrices: Mapping[str, float], settings: SearchSettings, losses: Callable[[str, Any], list[DocumentLoss]]
+    found: Found, matrices: Mapping[str, float], max_loss: float, grown: Growth
 ) -> tuple[dict[str, Precision], int, float]:
     """(precisions, number of steps, relative increase in perplexity) after all steps, or after so many of the first that the bound
-    is met and after one more is not, by bisection: a handful of precisions are measured.
-
-    losses: of the confirmation documents, by a name and a quantization.precision. Raises ValueError where not even the setting of
-    the network is confirmed."""
-    baseline = perplexity(losses("none", None))
+    is met and after one more is not, by bisection: a handful of precisions are measured. The network's own setting meets it."""
 
     def after(count: int) -> dict[str, Precision]:
         return dict.fromkeys(matrices, found.network) | {step.layer: step.precision for step in found.steps[:count]}
 
-    def grown(count: int) -> Estimate:
-        return ratio(perplexity(losses(f"after_{count}_steps", _settings(after(count)))), baseline)
-
-    def is_confirmed(count: int) -> bool:
-        return grown(count).value - 1 <= settings.max_loss
+    def increase(count: int) -> float:
+        return grown(f"{found.network}_{count}_steps" if count else str(found.network), after(count)).value - 1
 
     confirmed, beyond = 0, len(found.steps)
-    if is_confirmed(beyond):
+    if increase(beyond) <= max_loss:
         confirmed = beyond
-    elif not is_confirmed(confirmed):
-        raise ValueError(
-            f"--max-loss {settings.max_loss:g}: {found.network} meets it on the calibration documents, and has "
-            f"{grown(0).value - 1:.2g} +- {grown(0).standard_error:.2g} on those of the confirmation; give more of both by "
-            "--num-calibration and --num-confirmation, or a smaller --max-loss"
-        )
     while beyond - confirmed > 1:
         middle = (confirmed + beyond) // 2
-        confirmed, beyond = (middle, beyond) if is_confirmed(middle) else (confirmed, middle)
-    return after(confirmed), confirmed, grown(confirmed).value - 1
+        confirmed, beyond = (middle, beyond) if increase(middle) <= max_loss else (confirmed, middle)
+    return after(confirmed), confirmed, increase(confirmed)
 
 
 def _row(name: str, price: Cost, losses: Sequence[DocumentLoss], baseline: Sequence[DocumentLoss]) -> SearchRow:
