@@ -20,7 +20,7 @@ vllm = pytest.importorskip("vllm")
 from qurl.ptq import QuantizeSettings, quantize_folder  # noqa: E402
 from qurl.ptq.evaluation import load_float32, quantized_on_disk  # noqa: E402
 from qurl.quantization import resolved_format, split_rotation  # noqa: E402
-from qurl.quantization.lobcq import Layout  # noqa: E402
+from qurl.quantization.lobcq import CodebookSets, LayerCodebooks, Layout  # noqa: E402
 from qurl.quantization.lobcq.calibrate import make  # noqa: E402
 from qurl.vllm_plugin import engine_args  # noqa: E402
 
@@ -96,8 +96,12 @@ def test_a_checkpoint_is_served_as_the_engine_that_encodes_while_it_loads_and_as
     assert float(gap.mean()) < 0.15 * float(effect.mean())
 
 
-def test_a_checkpoint_with_codebooks_and_a_layout_of_its_own_is_served_by_what_its_config_holds(source, tmp_path):
-    codebooks = make(Layout(block=4, array=32, num_codebooks=8), num_rows=8).codebooks.content
+def test_a_checkpoint_with_a_layout_and_codebooks_by_layer_and_operand_is_served_by_what_its_config_holds(source, tmp_path):
+    first, other = (make(Layout(block=4, array=32, num_codebooks=8), num_rows=8, seed=seed).codebooks for seed in (0, 1))
+    codebooks = CodebookSets((
+        ("re:.*layers.0.*", LayerCodebooks(weights=first, activations=other)),
+        ("re:.*", LayerCodebooks(weights=other, activations=first)),
+    )).content  # fmt: skip
     format = resolved_format("lobcq", codebooks=codebooks)
     report = quantize_folder(source, tmp_path / "out", QuantizeSettings(format="lobcq", codebooks=codebooks))
     reference = load_float32(source)

@@ -20,7 +20,8 @@ import transformers
 
 vllm = pytest.importorskip("vllm")
 
-from qurl.quantization import FORMATS, export_checkpoint, select_targets  # noqa: E402
+from qurl.quantization import FORMATS, export_checkpoint, resolved_format, select_targets  # noqa: E402
+from qurl.quantization.lobcq import Codebooks, CodebookSets, LayerCodebooks, Layout  # noqa: E402
 from qurl.sync import SyncError, WireBucket  # noqa: E402
 from qurl.sync.bucket import WireTensor, describe, lay_out, pack  # noqa: E402
 from qurl.vllm_plugin import engine_args, quantization_config  # noqa: E402
@@ -146,19 +147,33 @@ def test_an_updated_engine_equals_one_started_on_the_new_weights(checkpoints, ar
             assert torch.equal(held, FORMATS[format].decode(tensors))
 
 
-@pytest.mark.parametrize("format", ["int8", "fp8_block", "lobcq"])
-def test_fused_layers_of_the_engine_compute_what_the_format_says(checkpoints, format):
+def layered_codebooks():
+    """Of either operand, other ones for the attention of layer 0."""
+
+    def even(least):
+        entries = tuple(tuple(round((least + k) * (2 * c - 15) / 15) for c in range(16)) for k in range(16))
+        return Codebooks(layout=Layout(), entries=entries)
+
+    first = LayerCodebooks(weights=even(10), activations=even(12))
+    rest = LayerCodebooks(weights=even(14), activations=even(16))
+    return CodebookSets((("re:model.layers.0.self_attn", first), ("re:.*", rest))).content
+
+
+@pytest.mark.parametrize(("format", "codebooks"), [("int8", None), ("fp8_block", None), ("lobcq", layered_codebooks())])
+def test_fused_layers_of_the_engine_compute_what_the_format_says(checkpoints, format, codebooks):
+    quantization = resolved_format(format, codebooks=codebooks)
     folder, parameters = checkpoints("Qwen2", False, torch.float32, 0)
     x = torch.randn(7, SMALL["hidden_size"], generator=torch.Generator().manual_seed(0))
-    with engine(folder, torch.float32, **engine_args(format)) as running:
+    with engine(folder, torch.float32, **engine_args(format, codebooks=codebooks)) as running:
         layer = running.model.model.layers[0]
         fused_layers = ((layer.self_attn.qkv_proj, "self_attn", "qkv"), (layer.mlp.gate_up_proj, "mlp", ("gate", "up")))
         for fused, parent, parts in fused_layers:
             expected = []
             for part in parts:
                 name = f"model.layers.0.{parent}.{part}_proj"
-                wire = FORMATS[format].encode(parameters[f"{name}.weight"])
-                expected.append(FORMATS[format].linear(x, wire, parameters.get(f"{name}.bias")))
+                of_layer = quantization.of_layer(name)
+                wire = of_layer.encode(parameters[f"{name}.weight"])
+                expected.append(of_layer.linear(x, wire, parameters.get(f"{name}.bias")))
             # float32: only the order of the last three roundings differs
             torch.testing.assert_close(fused(x)[0], torch.cat(expected, dim=-1), rtol=1e-6, atol=1e-5)
 
