@@ -34,14 +34,20 @@ class Calibration:
     rounded_objective: float  # J of the codebooks
 
 
-def calibrate(blocks: Tensor, layout: Layout, seed: int = 0, max_rounds: int = 40) -> Calibration:
+def calibrate(
+    blocks: Tensor, layout: Layout, seed: int = 0, max_rounds: int = 40, start: Codebooks | None = None
+) -> Calibration:
     """Codebooks for blocks [n, L_b], in codewords: divided by their array's scale.
 
+    start: codebooks to begin with, of the same layout but for the bits of a codeword; None: those of seeds far from each other.
     Stops when nothing moves any more. Raises ValueError for blocks that are not finite, are all zero, or too few to tell books
     apart."""
     grid = _Grid(layout)
     points = grid.points_of(blocks)
-    books = _initial_books(blocks, points, grid, torch.Generator().manual_seed(seed))
+    if start is None:
+        books = _initial_books(blocks, points, grid, torch.Generator().manual_seed(seed))
+    else:
+        books = start.table.double().view(-1, NUM_ENTRIES) * (layout.largest / start.layout.largest)
     choice, objective = _choose(points, grid, books)
     history = [objective]
     for _ in range(max_rounds):
