@@ -18,6 +18,8 @@ from qurl.plan.model_facts import ModelFacts
 from qurl.quantization import resolved_format
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP
 from qurl.quantization.grouped import GroupedFormat
+from qurl.quantization.kernels.cpu.lobcq import has_kernel
+from qurl.quantization.lobcq import LoBcq
 from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
 
@@ -113,8 +115,8 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
 
 
 def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], device: str) -> int:
-    """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits are held decoded, in four bytes a weight; on a
-    GPU packed Ax-BxP is expanded to INT8. Ax-BxP that is not packed is multiplied as INT8, beside the codes of the wire. The larger
+    """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits that no kernel multiplies are held decoded, in
+    four bytes a weight, as LO-BCQ is on a machine without a compiler, which is not counted; on a GPU packed Ax-BxP is expanded to INT8. Ax-BxP that is not packed is multiplied as INT8, beside the codes of the wire. The larger
     of the two where guard may have the engine hold them without quantization."""
     if config.guard.action is GuardAction.full_precision and targets:
         ordinary = replace(config, guard=GuardConfig())
@@ -127,7 +129,8 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
         return wire_bytes(replace(config, quantization=replace(config.quantization, format="int8", precision=None)), model, targets)
     if isinstance(quantization, AxBxP) and not isinstance(quantization, PackedAxBxP):
         return on_wire + sum(map(math.prod, shapes))
-    if not isinstance(quantization, GroupedFormat):
+    is_packed = isinstance(quantization, LoBcq) and (device != "cpu" or has_kernel(quantization))
+    if is_packed or not isinstance(quantization, GroupedFormat):
         return on_wire
     return on_wire + math.ceil(sum(math.prod(shape) * (32.0 - quantization.bits_per_weight(shape)) / 8 for shape in shapes))
 
