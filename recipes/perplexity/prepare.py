@@ -29,7 +29,7 @@ NUM_LOG_LINES = 40  # of progress, where standard error is no terminal
 class Settings:
     """What decides the outcome, besides the seed and the text."""
 
-    num_tokens: int = 513_000
+    num_tokens: int = 2_560_000
     vocab_size: int = 2048
     hidden_size: int = 256  # a multiple of 128, as every format can take
     num_layers: int = 6
