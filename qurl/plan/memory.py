@@ -117,8 +117,8 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
 def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], device: str) -> int:
     """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits that no kernel multiplies are held decoded, in
     four bytes a weight (so is LO-BCQ on a machine without a compiler, which is not foreseen here); on a GPU packed Ax-BxP is
-    expanded to INT8. Ax-BxP that is not packed is multiplied as INT8, beside the codes of the wire. The larger of the two where guard
-    may have the engine hold them without quantization."""
+    expanded to INT8. Ax-BxP that is not packed is multiplied as INT8, beside the codes of the wire. The larger of the two where
+    guard may have the engine hold them without quantization."""
     if config.guard.action is GuardAction.full_precision and targets:
         ordinary = replace(config, guard=GuardConfig())
         quantized = engine_weight_bytes(ordinary, model, targets, device)
