@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-calibration", type=int, default=NUM_CALIBRATION, metavar="N",
         help=f"documents for the search; default {NUM_CALIBRATION}")  # fmt: skip
     add("--num-confirmation", type=int, default=NUM_CONFIRMATION, metavar="N",
-        help=f"documents for its confirmation; default {NUM_CONFIRMATION}")  # fmt: skip
+        help=f"documents for its confirmation, by a standard error; default {NUM_CONFIRMATION}")  # fmt: skip
     add("--candidates", nargs="+", metavar="SETTING", help="of the whole network; default: ten from k2-w4-a4 to k1-w3g16-a3g1")
     add("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
     parser.epilog = EPILOG

@@ -3,7 +3,7 @@
     calibration documents   the search. What must not grow is the divergence from full precision: on text that the model itself
                             would write, the logarithm of the factor that perplexity grows by, without the noise of losses
     confirmation documents  whether the network's setting stands, or the next dearer one takes its place; and how many of the steps
-                            do: as many of the first as keep perplexity within the bound
+                            do: as many of the first as keep perplexity a standard error within the bound
     test documents          a table of all candidates and of what was found; they have no say in it
 
 Matrices that an engine runs as one have one setting. All that is measured is kept in a folder, so that a killed search goes on:
@@ -218,7 +218,7 @@ def _search(
             told = f"--max-loss {settings.max_loss:g}, {bound:.4g} nats: {refused}{error}; add {INT8} to --candidates"
             raise ValueError(told) from error
         found = grown(str(network), dict.fromkeys(matrices, network))
-        if found.value - 1 <= settings.max_loss:
+        if _meets(found, settings.max_loss):
             return search(matrices, measure, bound, [network], steps=_steps, journal=journal)
         candidates.remove(network)
         refused = f"{network} has {found.value - 1:.2g} +- {found.standard_error:.2g} on the confirmation documents, and "
@@ -251,16 +251,21 @@ def _confirmed(
     def after(count: int) -> dict[str, Precision]:
         return dict.fromkeys(matrices, found.network) | {step.layer: step.precision for step in found.steps[:count]}
 
-    def increase(count: int) -> float:
-        return grown(f"{found.network}_{count}_steps" if count else str(found.network), after(count)).value - 1
+    def growth(count: int) -> Estimate:
+        return grown(f"{found.network}_{count}_steps" if count else str(found.network), after(count))
 
     confirmed, beyond = 0, len(found.steps)
-    if increase(beyond) <= max_loss:
+    if _meets(growth(beyond), max_loss):
         confirmed = beyond
     while beyond - confirmed > 1:
         middle = (confirmed + beyond) // 2
-        confirmed, beyond = (middle, beyond) if increase(middle) <= max_loss else (confirmed, middle)
-    return after(confirmed), confirmed, increase(confirmed)
+        confirmed, beyond = (middle, beyond) if _meets(growth(middle), max_loss) else (confirmed, middle)
+    return after(confirmed), confirmed, growth(confirmed).value - 1
+
+
+def _meets(growth: Estimate, max_loss: float) -> bool:
+    """By a standard error, since the first steps that seem to are chosen, and chance is on the side of what is chosen."""
+    return growth.value - 1 + growth.standard_error <= max_loss
 
 
 def _row(name: str, price: Cost, losses: Sequence[DocumentLoss], baseline: Sequence[DocumentLoss]) -> SearchRow:

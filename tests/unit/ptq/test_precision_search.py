@@ -22,7 +22,7 @@ CANDIDATES = ("k4-w2-a2", "k4-w1-a2", "k2-w2g16-a3g1")
 TEXT = ["--text", "text.jsonl", "--max-documents", "9"]
 QUANTIZE = ["quantize", "tiny", "x", "--format", "axbxp", "--precision"]
 THREE = [*TEXT, "--num-calibration", "3", "--num-confirmation", "3"]
-SEARCH = ["search", "tiny", "found", *THREE, "--max-loss", "0.03", "--candidates", *CANDIDATES]
+SEARCH = ["search", "tiny", "found", *THREE, "--max-loss", "0.05", "--candidates", *CANDIDATES]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_a_switched_model_measures_what_the_format_computes(workspace):
 def test_the_search_ends_within_the_bound_and_below_the_cost_of_any_single_setting_that_does(workspace, found):
     rows = {row["precision"]: row for row in found["rows"]}
     assert list(rows) == ["k4-w2-a2", "k4-w1-a2", "k2-w2g16-a3g1", "found"]
-    assert found["network"] in CANDIDATES and found["calibration_divergence"] <= math.log1p(0.03)
-    assert found["confirmation_increase"] <= 0.03 and rows["found"]["products"] < rows[found["network"]]["products"]
+    assert found["network"] in CANDIDATES and found["calibration_divergence"] <= math.log1p(0.05)
+    assert found["confirmation_increase"] <= 0.05 and rows["found"]["products"] < rows[found["network"]]["products"]
     assert rows["k4-w2-a2"]["energy_gain"] == rows["k4-w2-a2"]["memory_bound_gain"] == rows["k4-w2-a2"]["compute_bound_gain"] == 1
     settings = yaml.safe_load((workspace / "found" / "precision.yaml").read_text())
     assert settings == found["settings"] and len(settings) == 8 and len(set(settings.values())) > 1
@@ -110,7 +110,7 @@ def test_other_commands_take_the_file_as_it_is_and_measure_the_same(workspace, f
 
 def test_a_search_that_was_stopped_goes_on_and_finds_the_same(workspace, found):
     text = Text(workspace / "tiny", ["text.jsonl"], 9, 512)
-    settings = SearchSettings(max_loss=0.03, num_calibration=3, num_confirmation=3, candidates=CANDIDATES)
+    settings = SearchSettings(max_loss=0.05, num_calibration=3, num_confirmation=3, candidates=CANDIDATES)
     stopped, seen = workspace / "stopped", []
 
     def stop(what, done, total):
@@ -156,6 +156,20 @@ def test_as_many_steps_stand_as_the_confirmation_bears():
         assert len(set(measured)) <= 2 + 1 + math.ceil(math.log2(40))
         settings = [str(layers[step.layer]) for step in steps]
         assert settings == ["k2-w3g16-a4"] * count + ["k2-w4-a4"] * (40 - count)
+
+
+@pytest.mark.parametrize(("spread", "num_steps"), [(0.0, 2), (0.002, 1), (0.02, 0)])
+def test_steps_stand_where_the_bound_is_a_standard_error_away(spread, num_steps):
+    start, less = parse("k2-w4-a4"), parse("k2-w3g16-a4")
+    steps = [Step(layer=f"l{i}", precision=less, loss=0.0, cost=0.0) for i in range(2)]
+    found = Found(network=start, network_loss=0.0, network_cost=0.0, layers={}, loss=0.0, cost=0.0, steps=steps, num_evaluations=0)
+
+    def losses(name, precision):  # each step costs 0.4 %, give or take
+        changed = sum(setting == str(less) for setting in (precision or {}).values())
+        costs = (0.004 * changed + sign * spread for sign in (1, -1)) if changed else (0.0, 0.0)
+        return [DocumentLoss(loss=100.0 + 50 * cost, num_tokens=50, divergence=0.0) for cost in costs]
+
+    assert _confirmed(found, dict.fromkeys(("l0", "l1"), 1.0), 0.009, _growth(losses))[1] == num_steps
 
 
 def test_a_network_setting_that_is_not_confirmed_gives_way_to_the_next_dearer_one():
