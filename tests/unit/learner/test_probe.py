@@ -119,7 +119,7 @@ class FormatLinear(nn.Module):
 
 
 def test_every_layer_has_the_precision_that_the_engines_give_it(model_folder):
-    precision = {"down_proj": "k4-w1-a1g1", "layers.0.mlp.up_proj": "k2-w2g8-a2", "re:.*_proj": "k2-w4-a4"}
+    precision = {"down_proj": "k4-w1-a1g1", r"re:.*\.0\.mlp\.(gate|up)_proj": "k2-w2g8-a2", "re:.*_proj": "k2-w4-a4"}
     learner = build_learner(
         model_folder, quantization=QuantizationConfig(format="axbxp", precision=precision), temperature=TEMPERATURE
     )  # fmt: skip
