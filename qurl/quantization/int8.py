@@ -6,7 +6,7 @@ negates its code. compressed-tensors' quantizer gives the same codes for these s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Int8(QuantizationFormat):
 
     name = "int8"
     rounds_stochastically = True
-    scheme: ClassVar[dict[str, Any] | None] = {
+    scheme: dict[str, Any] | None = {
         "format": "int-quantized",
         "weights": {"type": "int", "strategy": "channel"},
         "input_activations": {"type": "int", "strategy": "token"},
