@@ -22,14 +22,14 @@ FORMS = {"dapo": "Answer: {}", "deepscaler": "so</think>\\boxed{{{}}}"}
 def model(workspace):
     """`guesser/`, and files of sums in the columns of the recipes' data sets."""
     sums = [(f"What is {a} plus {b}?", str(a + b)) for a in range(2) for b in range(1, 3 - a)] * 4
-    columns = {"sums": ("problem", "answer"), "questions": ("question", "answer"), "olympiad": ("question", "final_answer")}
+    columns = {"additions": ("problem", "answer"), "questions": ("question", "answer"), "olympiad": ("question", "final_answer")}
     for name, keys in columns.items():
-        lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in (sums if name == "sums" else sums[:2])]
+        lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in (sums if name == "additions" else sums[:2])]
         (workspace / f"{name}.jsonl").write_text("\n".join(lines))
     data = {recipe: compose([f"recipe={recipe}"]).data for recipe in FORMS}
     texts = [text for recipe in FORMS for text in (data[recipe].prompt_template, FORMS[recipe].format(12))]
     tokenizer = train_tokenizer([*texts, RAMBLING, *(problem for problem, _ in sums)], 512, chat=True)
-    rows = load_rows(DatasetConfig(path=str(workspace / "sums.jsonl"), unique=True), "data.train")
+    rows = load_rows(DatasetConfig(path=str(workspace / "additions.jsonl"), unique=True), "data.train")
     demonstrations = [
         Demonstration(prompt=prompt.text, response=response)
         for recipe, form in FORMS.items()
@@ -43,7 +43,7 @@ def model(workspace):
 
 def test_dapo(command_line, model):
     code, output = command_line.run(
-        "train", "recipe=dapo", "model.path=guesser", "data.train.path=sums.jsonl", "data.eval.aime24.path=sums.jsonl",
+        "train", "recipe=dapo", "model.path=guesser", "data.train.path=additions.jsonl", "data.eval.aime24.path=additions.jsonl",
         "algorithm.dynamic_sampling.num_prompts_per_generation=32", "algorithm.overlong.penalty_tokens=8",
         "rollout.num_prompts_per_step=16", "rollout.num_samples_per_prompt=4", "rollout.max_response_tokens=24",
         "evaluation.num_samples_per_prompt=2", "num_steps=2",
@@ -60,9 +60,9 @@ def test_dapo(command_line, model):
 
 def test_deepscaler_goes_through_its_three_stages_and_resumes_inside_the_second(command_line, model):
     stages = "stages=[{from_step:1,max_response_tokens:20,num_samples_per_prompt:4},{from_step:3,max_response_tokens:24}]"
-    tests = {"aime24": "sums", "amc23": "questions", "math500": "sums", "minerva": "questions", "olympiadbench": "olympiad"}
+    tests = {"aime24": "additions", "amc23": "questions", "math500": "additions", "minerva": "questions", "olympiadbench": "olympiad"}
     arguments = (
-        "train", "recipe=deepscaler", "model.path=guesser", "data.train.path=sums.jsonl", stages,
+        "train", "recipe=deepscaler", "model.path=guesser", "data.train.path=additions.jsonl", stages,
         *(f"data.eval.{name}.path={file}.jsonl" for name, file in tests.items()),
         "rollout.num_prompts_per_step=8", "rollout.num_samples_per_prompt=2", "rollout.max_response_tokens=16",
     )  # fmt: skip
