@@ -27,6 +27,6 @@ if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit('torch==
     }
 fi
 grep -v '^torch==' "$lock" > .venv/requirements.txt
-pip install -qq --no-deps -r .venv/requirements.txt
+pip install -qq --no-deps --no-compile -r .venv/requirements.txt  # compiling all of it would take as long again
 pip install -qq --no-deps --no-build-isolation -e .
 echo "$want" > "$stamp"
