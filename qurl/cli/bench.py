@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qurl.cli import perplexity_table
+from qurl.cli.progress import progress_bar
 
 WIDTH = 200
 
@@ -72,27 +72,17 @@ def main(args: argparse.Namespace) -> int:
 def _rollout_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
     from qurl.bench.rollout import run_rollout_bench
 
-    with _rounds("decoding") as show:
-        return [dataclasses.asdict(row) for row in run_rollout_bench(**options, progress=show)]
+    with progress_bar("starting engines") as show:
+        rows = run_rollout_bench(**options, progress=lambda shape, done, total: show(done, total, f"decoding, {shape}, rounds"))
+    return [dataclasses.asdict(row) for row in rows]
 
 
 def _switch_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
     from qurl.bench.switch import run_switch_bench
 
-    with _rounds("switching") as show:
-        return [dataclasses.asdict(row) for row in run_switch_bench(**options, progress=show)]
-
-
-@contextmanager
-def _rounds(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar, and what moves it: called with shape, rounds done, rounds in all."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TextColumn("rounds"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting engines", total=None)
-        yield lambda shape, done, total: bar.update(task, description=f"{what}, {shape}", completed=done, total=total)
+    with progress_bar("starting engines") as show:
+        rows = run_switch_bench(**options, progress=lambda shape, done, total: show(done, total, f"switching, {shape}, rounds"))
+    return [dataclasses.asdict(row) for row in rows]
 
 
 def _kernel_rows(options: dict[str, Any]) -> list[dict[str, Any]]:

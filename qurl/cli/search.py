@@ -46,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a model, text, setting or bound that cannot be searched with, or met."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    from qurl.cli.progress import progress_bar
     from qurl.cli.text_options import check_text_options
     from qurl.locks import only_writer
     from qurl.ptq.evaluation import Text
@@ -69,14 +67,9 @@ def main(args: argparse.Namespace) -> int:
         max_loss=args.max_loss, num_calibration=args.num_calibration, num_confirmation=args.num_confirmation,
         candidates=tuple(dict.fromkeys(candidates)), ignore=tuple(args.ignore),
     )  # fmt: skip
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with only_writer(args.out), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with only_writer(args.out), progress_bar("precisions, calibration") as show:
         text = Text(args.model, args.text, args.max_documents, args.context)
-        task = bar.add_task("precisions, calibration", total=None)
-        report = search_precision(
-            args.model, text, args.out, settings,
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )  # fmt: skip
+        report = search_precision(args.model, text, args.out, settings, lambda what, done, total: show(done, total, what))
     num_test = len(text.documents) - args.num_calibration - args.num_confirmation
     print(f"searched on {args.num_calibration} documents, {report.num_measured} precisions; confirmed on {args.num_confirmation}; "
           f"below, {num_test} others")  # fmt: skip

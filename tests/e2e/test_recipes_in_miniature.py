@@ -60,7 +60,9 @@ def test_dapo(command_line, model):
 
 def test_deepscaler_goes_through_its_three_stages_and_resumes_inside_the_second(command_line, model):
     stages = "stages=[{from_step:1,max_response_tokens:20,num_samples_per_prompt:4},{from_step:3,max_response_tokens:24}]"
-    tests = {"aime24": "additions", "amc23": "questions", "math500": "additions", "minerva": "questions", "olympiadbench": "olympiad"}
+    tests = {
+        "aime24": "additions", "amc23": "questions", "math500": "additions", "minerva": "questions", "olympiadbench": "olympiad",
+    }  # fmt: skip
     arguments = (
         "train", "recipe=deepscaler", "model.path=guesser", "data.train.path=additions.jsonl", stages,
         *(f"data.eval.{name}.path={file}.jsonl" for name, file in tests.items()),
