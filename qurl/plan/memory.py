@@ -115,8 +115,7 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
 
 
 def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], device: str) -> int:
-    """What an engine keeps of the weights: the bytes of the wire. Formats of 4 bits that no kernel multiplies are held decoded, in
-    four bytes a weight (so is LO-BCQ on a machine without a compiler, which is not foreseen here); on a GPU packed Ax-BxP is
+    """What an engine keeps of the weights: the bytes of the wire, or four a weight where holds_decoded. On a GPU packed Ax-BxP is
     expanded to INT8. Ax-BxP that is not packed is multiplied as INT8, beside the codes of the wire. The larger of the two where
     guard may have the engine hold them without quantization."""
     if config.guard.action is GuardAction.full_precision and targets:
@@ -130,10 +129,18 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
         return wire_bytes(replace(config, quantization=replace(config.quantization, format="int8", precision=None)), model, targets)
     if isinstance(quantization, AxBxP) and not isinstance(quantization, PackedAxBxP):
         return on_wire + sum(map(math.prod, shapes))
-    is_packed = isinstance(quantization, LoBcq) and (device != "cpu" or has_kernel(quantization))
-    if is_packed or not isinstance(quantization, GroupedFormat):
+    if not holds_decoded(config, device):
         return on_wire
     return on_wire + math.ceil(sum(math.prod(shape) * (32.0 - quantization.bits_per_weight(shape)) / 8 for shape in shapes))
+
+
+def holds_decoded(config: TrainConfig, device: str) -> bool:
+    """Whether the engine multiplies decoded float32 weights: formats of 4 bits that no kernel is written for. Not foreseen: LO-BCQ
+    on a CPU without a compiler, where qurl doctor fails."""
+    quantization = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks)
+    if isinstance(quantization, LoBcq) and (device != "cpu" or has_kernel(quantization)):
+        return False
+    return isinstance(quantization, GroupedFormat)
 
 
 def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, targets: frozenset[str]) -> LearnerMemory:

@@ -18,13 +18,12 @@ from qurl.plan.memory import (
     LearnerMemory,
     engine_memory,
     engine_weight_bytes,
+    holds_decoded,
     learner_memory,
     wire_bytes,
 )
 from qurl.plan.model_facts import ModelFacts, read_model_facts
 from qurl.plan.preflight import check_datasets, check_model, check_names, check_raised_precision
-from qurl.quantization import FORMATS
-from qurl.quantization.grouped import GroupedFormat
 
 GIB = 1 << 30
 FP8_CAPABILITY = (8, 9)
@@ -210,7 +209,7 @@ def _warnings(
             f"quantization={config.quantization.format} needs compute capability 8.9, {machine.gpus[0].name} has "
             f"{'.'.join(map(str, machine.gpus[0].capability))}; use quantization=int8"
         )
-    if isinstance(FORMATS[config.quantization.format], GroupedFormat):
+    if holds_decoded(config, placement.device):
         name = config.quantization.format
         found.append(f"{name} is emulated: the numbers are exact, the speed and the engine's memory are those of float32")
     if engine.kv_pool is not None and engine.kv_all > engine.kv_pool:
