@@ -21,12 +21,15 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check --no-input "$@"; }
 torch=$(grep '^torch==' "$lock")
 if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit('torch==' + m.version('torch') != '$torch')" 2>/dev/null; then
     # A local wheel where pip is told of one; elsewhere uv, which knows the index of PyTorch's CPU builds.
-    pip install -qq --no-deps "$torch" 2>/dev/null || {
+    pip install -qq --no-deps --no-compile "$torch" 2>/dev/null || {
         pip install -qq uv
         .venv/bin/uv pip install -qq --python .venv/bin/python --no-deps --torch-backend=cpu "${torch%+cpu}"
     }
 fi
 grep -v '^torch==' "$lock" > .venv/requirements.txt
-pip install -qq --no-deps --no-compile -r .venv/requirements.txt  # compiling all of it would take as long again
+pip install -qq --no-deps --no-compile -r .venv/requirements.txt
 pip install -qq --no-deps --no-build-isolation -e .
+# On every core, unlike pip's. A folder of tests may hold what this Python cannot parse. Without this, every process of a user who
+# sets PYTHONDONTWRITEBYTECODE would compile all that it imports.
+.venv/bin/python -m compileall -q -j 0 .venv/lib qurl > .venv/compileall.log 2>&1 || true
 echo "$want" > "$stamp"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qurl.config import RewardConfig
-from qurl.rewards import RewardPool, check_reward_function
+from qurl.rewards import REWARDS, RewardPool, check_reward_function
 from qurl.types import Prompt, Rollout, RolloutGroup
 
 BEHAVIORS = """
@@ -262,6 +262,25 @@ def test_workers_import_neither_torch_nor_vllm(tmp_path):
     )
     ((found,),) = score(RewardConfig(function=f"{path}:f"), group("x"))
     assert found.value == 0.0
+
+
+FIRST_CALL = r"""
+import sys
+from qurl.config import RewardConfig
+from qurl.rewards import REWARDS, worker
+
+name = sys.argv[1]
+worker._load(RewardConfig(function=name))
+before = set(sys.modules)
+REWARDS[name](response="so</think>\\boxed{1}\nAnswer: 1\n#### 1", ground_truth="2")
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_the_first_response_waits_for_no_library(name):
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL, name], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 @pytest.mark.parametrize(
