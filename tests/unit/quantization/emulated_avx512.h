@@ -1,5 +1,6 @@
-// The AVX-512 instructions that avx512.h of the CPU kernels uses, in plain C++, as Intel's manual describes them. Included before
-// that file: names in its namespace come before those of <immintrin.h>, and its loops run on any x86 processor with AVX2.
+// The AVX-512 instructions that avx512.h and int8_avx512.h of the CPU kernels use, in plain C++, as Intel's manual describes them.
+// Included before those files: names in their namespaces come before those of <immintrin.h>, and their loops run on any x86
+// processor with AVX2.
 #pragma once
 
 #include <cmath>
@@ -12,6 +13,7 @@
 #define EMULATED AVX512 __attribute__((noinline)) inline  // the loops are unrolled: compilers would take a minute
 #undef _mm512_cmpeq_ps_mask  // macros of some compilers
 #undef _mm512_extracti64x4_epi64
+#undef _mm512_inserti64x4
 #undef _mm512_ternarylogic_epi64
 
 namespace avx512 {
@@ -84,6 +86,10 @@ EMULATED __m512i _mm512_set1_epi32(int32_t x) { return lanes<int32_t>([&](int) {
 EMULATED __m512i _mm512_set1_epi64(int64_t x) { return lanes<int64_t>([&](int) { return x; }); }
 EMULATED __m512i _mm512_setzero_si512() { return _mm512_set1_epi8(0); }
 
+EMULATED __m512i _mm512_mask_set1_epi64(__m512i a, __mmask8 mask, int64_t x) {
+    return lanes<int64_t>([&](int i) { return mask >> i & 1 ? x : a.at<int64_t>(i); });
+}
+
 // The last lane comes first.
 EMULATED __m512i _mm512_set_epi64(int64_t h, int64_t g, int64_t f, int64_t e, int64_t d, int64_t c, int64_t b, int64_t a) {
     const int64_t all[8] = {a, b, c, d, e, f, g, h};
@@ -105,6 +111,18 @@ EMULATED __m512i _mm512_castsi128_si512(__m128i a) {
     return wide;
 }
 
+// What lies above the 32 bytes is undefined.
+EMULATED __m512i _mm512_castsi256_si512(__m256i a) {
+    __m512i wide = _mm512_set1_epi8(85);
+    std::memcpy(wide.bytes, &a, 32);
+    return wide;
+}
+
+EMULATED __m512i _mm512_inserti64x4(__m512i a, __m256i b, int half) {
+    std::memcpy(a.bytes + 32 * half, &b, 32);
+    return a;
+}
+
 EMULATED __m256i _mm512_extracti64x4_epi64(__m512i a, int half) {
     __m256i part;
     std::memcpy(&part, a.bytes + 32 * half, 32);
@@ -119,9 +137,15 @@ EMULATED __m512i _mm512_add_epi32(__m512i a, __m512i b) {
     return lanes<uint32_t>([&](int i) { return a.at<uint32_t>(i) + b.at<uint32_t>(i); });
 }
 
+EMULATED __m512i _mm512_slli_epi16(__m512i a, unsigned count) {
+    return lanes<uint16_t>([&](int i) { return a.at<uint16_t>(i) << count; });
+}
+
 EMULATED __m512i _mm512_srli_epi16(__m512i a, unsigned count) {
     return lanes<uint16_t>([&](int i) { return a.at<uint16_t>(i) >> count; });
 }
+
+EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return lanes<uint8_t>([&](int i) { return a.bytes[i] ^ b.bytes[i]; }); }
 
 // Bit i of `table` is the result where the three have the bits of i, that of the first the highest.
 EMULATED __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
@@ -152,6 +176,10 @@ EMULATED __m512i _mm512_permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
     return lanes<uint8_t>([&](int i) { return (index.bytes[i] & 64 ? b : a).bytes[index.bytes[i] & 63]; });
 }
 
+EMULATED __m512i _mm512_permutexvar_epi8(__m512i index, __m512i a) {
+    return lanes<uint8_t>([&](int i) { return a.bytes[index.bytes[i] & 63]; });
+}
+
 EMULATED __mmask64 _mm512_movepi8_mask(__m512i a) {
     __mmask64 mask = 0;
     for (int i = 0; i < 64; ++i) mask |= static_cast<__mmask64>(a.bytes[i] >> 7) << i;
@@ -162,13 +190,38 @@ EMULATED __m512i _mm512_mask_blend_epi8(__mmask64 mask, __m512i a, __m512i b) {
     return lanes<uint8_t>([&](int i) { return (mask >> i & 1 ? b : a).bytes[i]; });
 }
 
-// Four products of unsigned with signed bytes are added to each lane of 32 bits.
+// Four products of unsigned with signed bytes are added to each lane of 32 bits, modulo 2^32.
 EMULATED __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
-    return lanes<int32_t>([&](int i) {
-        int32_t sum = sums.at<int32_t>(i);
-        for (int k = 4 * i; k < 4 * i + 4; ++k) sum += a.bytes[k] * static_cast<int8_t>(b.bytes[k]);
+    return lanes<uint32_t>([&](int i) {
+        uint32_t sum = sums.at<uint32_t>(i);
+        for (int k = 4 * i; k < 4 * i + 4; ++k) sum += static_cast<uint32_t>(a.bytes[k] * static_cast<int8_t>(b.bytes[k]));
         return sum;
     });
 }
 
 }  // namespace avx512
+
+namespace int8::avx512 {
+
+using ::avx512::__m512i;
+using ::avx512::_mm512_add_epi32;
+using ::avx512::_mm512_castsi256_si512;
+using ::avx512::_mm512_dpbusd_epi32;
+using ::avx512::_mm512_inserti64x4;
+using ::avx512::_mm512_loadu_si512;
+using ::avx512::_mm512_mask_set1_epi64;
+using ::avx512::_mm512_multishift_epi64_epi8;
+using ::avx512::_mm512_permutex2var_epi8;
+using ::avx512::_mm512_permutexvar_epi8;
+using ::avx512::_mm512_set1_epi32;
+using ::avx512::_mm512_set1_epi64;
+using ::avx512::_mm512_set1_epi8;
+using ::avx512::_mm512_set_epi64;
+using ::avx512::_mm512_setzero_si512;
+using ::avx512::_mm512_slli_epi16;
+using ::avx512::_mm512_srli_epi16;
+using ::avx512::_mm512_storeu_si512;
+using ::avx512::_mm512_ternarylogic_epi64;
+using ::avx512::_mm512_xor_si512;
+
+}  // namespace int8::avx512

@@ -4,19 +4,13 @@ import math
 
 import pytest
 import torch
+from kernel_libraries import libraries
 
 from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import PackedAxBxP, parse
-from qurl.quantization.kernels.cpu import library
 from qurl.quantization.kernels.cpu.int8 import MOST_COLUMNS, Int8Kernel, has_kernel
-from qurl.quantization.kernels.cpu.library import PATHS, KernelsUnavailable, Library
 
-try:
-    LOADED = library.load()
-except KernelsUnavailable as error:
-    pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
-
-AVAILABLE = PATHS[: LOADED.functions.qurl_num_paths()]
+LIBRARIES = libraries()
 INT8 = FORMATS["int8"]
 PACKED = [PackedAxBxP(name, parse(setting)) for name, setting in [
     ("axbxp_k2l2", "k2-w2g16-a4"), ("axbxp_k1l3", "k1-w3g16-a7"), ("k1l4", "k1-w4g16-a7"), ("k3l1", "k3-w1g16-a3"),
@@ -25,9 +19,9 @@ PACKED = [PackedAxBxP(name, parse(setting)) for name, setting in [
 SHAPES = [(1, 16, 1), (7, 32, 5), (8, 48, 33), (13, 208, 2), (31, 320, 16), (9, 640, 70), (65, 64, 3), (24, 1088, 4)]
 
 
-@pytest.fixture(params=AVAILABLE)
+@pytest.fixture(params=LIBRARIES)
 def path(request):
-    return Library(LOADED.functions, request.param)
+    return LIBRARIES[request.param]
 
 
 def normal(*shape, seed=0):
@@ -63,7 +57,9 @@ def test_products_of_all_codes_are_exact(path, rows, columns, tokens):
 @pytest.mark.parametrize("rows,columns,tokens", SHAPES)
 @pytest.mark.parametrize("format", PACKED, ids=lambda format: format.name)
 def test_kept_blocks_stay_packed_and_are_what_they_expand_to(path, format, rows, columns, tokens):
-    kernel, wire = Int8Kernel(format, path), format.pack(any_codes(rows, columns, lowest=-127))
+    any_weight = any_codes(rows, columns, lowest=-127)
+    any_weight[0], any_weight[rows // 2] = -127, 0
+    kernel, wire = Int8Kernel(format, path), format.pack(any_weight)
     codes, scale = format.codes(wire), normal(rows, 1).exp()
     packed, x = kernel.pack(wire), any_codes(tokens, columns, seed=1)
     bits = 4 + (format.magnitude_bits == 4) + format.index_bits / 16
@@ -73,6 +69,21 @@ def test_kept_blocks_stay_packed_and_are_what_they_expand_to(path, format, rows,
     token_scale, bias = normal(tokens, 1, seed=2).exp(), normal(rows, seed=3)
     expected = expected_product(x, token_scale, codes, scale, bias, torch.float32)
     assert torch.equal(kernel.multiply(x, token_scale, packed, scale, bias, torch.float32), expected)
+
+
+@pytest.mark.parametrize("format", [INT8, *PACKED], ids=lambda format: format.name)
+def test_neighbouring_products_do_not_saturate(path, format):
+    """Codes of the largest magnitude whose signs go with each other, against each other, or change every 1, 2, 4, ... columns."""
+    columns = torch.arange(144)
+    signs = torch.stack([1 - 2 * (columns >> i & 1) for i in range(8)] + [1 + 0 * columns, 0 * columns])
+    weight = 127 * torch.cat([signs, -signs]).to(torch.int8)
+    x = torch.cat([127 * signs, -128 * signs.clamp(min=0)]).to(torch.int8)
+    wire = {"weight": weight} if format is INT8 else format.pack(weight)
+    kernel, ones = Int8Kernel(format, path), torch.ones(20, 1)
+    expected = expected_product(x, ones, weight if format is INT8 else format.codes(wire), ones, None, torch.float32)
+    for count in (1, 3, 20):
+        found = kernel.multiply(x[-count:], ones[:count], kernel.pack(wire), ones, None, torch.float32)
+        assert torch.equal(found, expected[-count:])
 
 
 @pytest.mark.parametrize("format", [INT8, *PACKED[:2]], ids=lambda format: format.name)
@@ -92,7 +103,7 @@ def test_the_largest_sums_do_not_overflow(path, format):
 
 def test_a_layer_whose_sums_could_overflow_is_refused():
     with pytest.raises(ValueError, match="131072 inputs has sums beyond 32 bits.* quantization.ignore"):
-        Int8Kernel(INT8, LOADED).pack({"weight": torch.zeros(1, MOST_COLUMNS + 1, dtype=torch.int8)})
+        Int8Kernel(INT8, LIBRARIES["portable"]).pack({"weight": torch.zeros(1, MOST_COLUMNS + 1, dtype=torch.int8)})
 
 
 def hard_tokens(columns):
@@ -161,13 +172,6 @@ def test_any_layout_of_x_is_taken_and_none_at_all(path):
     found = kernel.multiply(codes.T.contiguous().T, token_scale, packed, scale, None, torch.float32)
     assert torch.equal(found, INT8.linear(x, wire))
     assert kernel.linear(x[:0], packed, scale, None).shape == (0, 16)
-
-
-def test_a_path_that_these_loops_do_not_have_takes_the_best_that_they_have():
-    wire, library = INT8.encode(normal(9, 70)), Library(LOADED.functions, AVAILABLE[-1])
-    library.path_number = 7
-    kernel, x = Int8Kernel(INT8, library), normal(3, 70, seed=1)
-    assert torch.equal(kernel.linear(x, kernel.pack(wire), wire["weight_scale"], None), INT8.linear(x, wire))
 
 
 def test_other_formats_and_groups_have_no_kernel():

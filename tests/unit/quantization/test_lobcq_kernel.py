@@ -1,47 +1,23 @@
 """Compiled LO-BCQ loops against the format, and against a loop that takes sums in the order they promise."""
 
-import ctypes
-import hashlib
 import math
 import os
-import shlex
-import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from kernel_libraries import libraries
 
 from qurl.quantization import FORMATS
 from qurl.quantization.hadamard import SIZES, rotate
 from qurl.quantization.kernels.cpu import library
-from qurl.quantization.kernels.cpu.library import PATHS, KernelsUnavailable, Library
+from qurl.quantization.kernels.cpu.library import PATHS, KernelsUnavailable
 from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, has_kernel
 from qurl.quantization.lobcq import Codebooks, CodebookSets, LayerCodebooks, Layout, LoBcq
 from qurl.quantization.packing import pack, pack_bits, unpack, unpack_bits
 from qurl.quantization.rotation import with_rotation
 
-try:
-    LOADED = library.load()
-except KernelsUnavailable as error:
-    pytest.skip(f"no compiled kernels: {error}", allow_module_level=True)
-
-
-def emulated():
-    """The library with functions in place of AVX-512's instructions, so that its loops run on any x86 processor with AVX2."""
-    header = Path(__file__).with_name("emulated_avx512.h")
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, library.COMPILERS))
-    version = hashlib.sha256(header.read_bytes()).hexdigest()[:8]  # so that the cache has no other one's
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "SOURCES", [name for name in library.SOURCES if name == "lobcq.cpp" or name.endswith(".h")])
-        patch.setenv("CXX", f"{compiler} -include {shlex.quote(str(header))} -DVERSION=0x{version}")
-        return ctypes.CDLL(str(library._compiled()))
-
-
-AVAILABLE = PATHS[: LOADED.functions.qurl_num_paths()]
-LIBRARIES = {path: Library(LOADED.functions, path) for path in AVAILABLE}
-if "avx2" in LIBRARIES:  # other processors have no use for the loops
-    LIBRARIES["emulated_avx512"] = Library(emulated(), "avx512")
+LIBRARIES = libraries()
 
 
 def of_operands(weights, activations):
@@ -284,7 +260,7 @@ def test_many_that_start_at_once_compile_once(empty_cache):
         found = set(pool.map(lambda _: library._compiled(), range(4)))
     assert len(found) == 1 and (empty_cache / "log").read_text() == "ran\n"
     assert found.pop().parent == empty_cache / "cache" / "qurl" / "cpu_kernels"
-    assert library._load().path == AVAILABLE[-1]
+    assert library._load().path == [path for path in PATHS if path in LIBRARIES][-1]
 
 
 def test_what_is_missing_and_what_would_help_is_said(empty_cache, monkeypatch):

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "int8_avx2.h"
+#include "int8_avx512.h"
 #include "int8_portable.h"
 #include "threads.h"
 
@@ -16,17 +17,16 @@ struct Path {
     decltype(&portable::encode) encode;
     decltype(&portable::complete) complete;
     decltype(&portable::multiply) multiply;
+    int tiles;  // that are multiplied together
 };
 
 const Path PATHS[] = {
-    {portable::encode, portable::complete, portable::multiply},
+    {portable::encode, portable::complete, portable::multiply, 1},
 #if defined(__x86_64__)
-    {avx2::encode, avx2::complete, avx2::multiply},
+    {avx2::encode, avx2::complete, avx2::multiply, 1},
+    {avx2::encode, avx512::complete, avx512::multiply, avx512::TILES},
 #endif
 };
-
-// The best that a CPU with the library's path number has here.
-const Path& path_of(int number) { return PATHS[std::min<int>(number, sizeof PATHS / sizeof *PATHS - 1)]; }
 
 template <typename T>
 std::unique_ptr<T[]> zeros(int64_t count) {
@@ -75,12 +75,12 @@ struct Job {
     }
 
     void multiply() {
-        const int64_t tiles = matrix.tiles(), chunk = std::max<int64_t>(1, tiles / (threads * 8));
-        const int64_t chunks = (tiles + chunk - 1) / chunk, groups = (tokens.count + TOKENS - 1) / TOKENS;
+        const int64_t pieces = (matrix.tiles() + path.tiles - 1) / path.tiles, chunk = std::max<int64_t>(1, pieces / (threads * 8));
+        const int64_t chunks = (pieces + chunk - 1) / chunk, groups = (tokens.count + TOKENS - 1) / TOKENS;
         for (int64_t i; (i = multiplied++) < groups * chunks;) {
             const int64_t first = i / chunks * TOKENS, last = std::min<int64_t>(first + TOKENS, tokens.count);
-            const int64_t tile = i % chunks * chunk, end = std::min(tile + chunk, tiles);
-            for (int64_t t = tile; t < end; ++t) path.multiply(matrix, row_scales, tokens, t, first, last, target);
+            const int64_t piece = i % chunks * chunk, end = std::min(piece + chunk, pieces);
+            for (int64_t p = piece; p < end; ++p) path.multiply(matrix, row_scales, tokens, p * path.tiles, first, last, target);
         }
     }
 
@@ -119,7 +119,7 @@ void qurl_int8_unpack(const int8::Layout* layout, const OpenMp* openmp, int64_t 
 void qurl_int8_encode(int path, const void* x, int is_bfloat16, int64_t count, int64_t columns, int8_t* codes, float* scales) {
     std::unique_ptr<float[]> values(new float[columns]);
     for (int64_t i = 0; i < count; ++i)
-        scales[i] = int8::path_of(path).encode({x, is_bfloat16 != 0}, i, columns, values.get(), codes + i * columns);
+        scales[i] = int8::PATHS[path].encode({x, is_bfloat16 != 0}, i, columns, values.get(), codes + i * columns);
 }
 
 // x: float32 or bfloat16 [count, columns], or null, and codes: int8 [count, columns] with scales: float32 [count]. row_scales:
@@ -132,12 +132,13 @@ void qurl_int8_linear(const int8::Layout* layout, int path, const OpenMp* openmp
     const auto own = int8::zeros<int8_t>(count * padded);
     const auto wide = int8::zeros<int16_t>(layout->is_whole() ? count * padded : 0);
     const auto offsets = int8::zeros<int16_t>(layout->is_whole() ? 0 : count * matrix.groups() * 2);
+    const auto sums = int8::zeros<int32_t>(count);
     std::unique_ptr<float[]> own_scales(new float[count]);
     if (scales) std::copy_n(scales, count, own_scales.get());
-    int8::Tokens tokens{count, padded, own.get(), wide.get(), offsets.get(), own_scales.get()};
+    int8::Tokens tokens{count, padded, own.get(), wide.get(), offsets.get(), sums.get(), own_scales.get()};
     const Source source{x, is_bfloat16 != 0};
     const Target target{out, is_out_bfloat16 != 0, bias, is_bias_bfloat16 != 0};
-    int8::Job job{int8::path_of(path), *openmp, source, codes, matrix, row_scales, tokens, target, num_threads(*openmp)};
+    int8::Job job{int8::PATHS[path], *openmp, source, codes, matrix, row_scales, tokens, target, num_threads(*openmp)};
     fork(*openmp, job.threads, int8::Job::work, &job);
 }
 

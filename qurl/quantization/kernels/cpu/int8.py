@@ -4,7 +4,7 @@
 order of Int8.linear, so that results are its bits. Kept blocks give what the codes give that they expand to. A token with NaN or
 Inf gives NaN everywhere.
 
-Sets of instructions: AVX2 and portable C++. Other processors take one of these two."""
+Sets of instructions: AVX-512 with VBMI and VNNI, AVX2, and portable C++."""
 
 from __future__ import annotations
 

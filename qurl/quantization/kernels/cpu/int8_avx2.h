@@ -170,7 +170,7 @@ AVX2 void multiply(const Matrix& matrix, const float* row_scales, const Tokens& 
     if (matrix.layout.is_whole()) multiply_codes<Kind::whole>(here, tokens, first, last, totals);
     else if (matrix.layout.has_plane()) multiply_codes<Kind::plane>(here, tokens, first, last, totals);
     else multiply_codes<Kind::nibbles>(here, tokens, first, last, totals);
-    store(totals, matrix, row_scales, tile, first, last, tokens, target);
+    store<HEIGHT>(totals, matrix, row_scales, tile * HEIGHT, first, last, tokens, target);
 }
 
 }  // namespace int8::avx2

@@ -22,6 +22,7 @@ struct Tokens {
     int16_t* wide;     // the same numbers where weights are whole, else null
     int16_t* offsets;  // [count, groups, 2] where they are not: what numbers being too large by layout.offset() adds to the sums
                        // over columns 0, 1, 4, 5, ... and 2, 3, 6, 7, ... of a group, negated; modulo 2^16
+    int32_t* sums;     // [count] of the codes of a token, for AVX-512
     float* scales;     // [count]
 
     int64_t groups() const { return columns / GROUP; }
@@ -51,12 +52,14 @@ inline __attribute__((always_inline)) void complete(const Layout& layout, int64_
     }
 }
 
-inline __attribute__((always_inline)) void store(const Totals& totals, const Matrix& matrix, const float* row_scales, int64_t tile,
-                                                 int64_t first, int64_t last, const Tokens& tokens, const Target& target) {
-    const int64_t row = tile * HEIGHT;
-    const int count = static_cast<int>(std::min<int64_t>(matrix.rows - row, HEIGHT));
+// Rows from `row` on.
+template <int ROWS>
+inline __attribute__((always_inline)) void store(const int32_t (*totals)[ROWS], const Matrix& matrix, const float* row_scales,
+                                                 int64_t row, int64_t first, int64_t last, const Tokens& tokens,
+                                                 const Target& target) {
+    const int count = static_cast<int>(std::min<int64_t>(matrix.rows - row, ROWS));
     for (int64_t m = first; m < last; ++m) {
-        float results[HEIGHT];
+        float results[ROWS];
         for (int r = 0; r < count; ++r)
             results[r] = static_cast<float>(totals[m - first][r]) * tokens.scales[m] * row_scales[row + r];
         store_rows(results, count, m, row, matrix.rows, target);
@@ -91,7 +94,7 @@ void multiply(const Matrix& matrix, const float* row_scales, const Tokens& token
             }
         }
     }
-    store(totals, matrix, row_scales, tile, first, last, tokens, target);
+    store<HEIGHT>(totals, matrix, row_scales, tile * HEIGHT, first, last, tokens, target);
 }
 
 }  // namespace portable

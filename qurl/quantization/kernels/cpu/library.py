@@ -21,7 +21,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 SOURCES = (
     "lobcq.cpp", "avx2.h", "avx512.h", "portable.h", "books.h", "tiles.h",
-    "int8.cpp", "int8_avx2.h", "int8_portable.h", "int8_tiles.h",
+    "int8.cpp", "int8_avx2.h", "int8_avx512.h", "int8_portable.h", "int8_tiles.h",
     "lookup.cpp", "nibbles.h", "tensors.h", "threads.h",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-fno-tree-reassoc", "-ffp-contract=off", "-fPIC", "-shared")
