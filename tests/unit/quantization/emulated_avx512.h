@@ -146,6 +146,7 @@ EMULATED __m512i _mm512_srli_epi16(__m512i a, unsigned count) {
 }
 
 EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return lanes<uint8_t>([&](int i) { return a.bytes[i] ^ b.bytes[i]; }); }
+EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return lanes<uint8_t>([&](int i) { return a.bytes[i] & b.bytes[i]; }); }
 
 // Bit i of `table` is the result where the three have the bits of i, that of the first the highest.
 EMULATED __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
@@ -178,6 +179,16 @@ EMULATED __m512i _mm512_permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
 
 EMULATED __m512i _mm512_permutexvar_epi8(__m512i index, __m512i a) {
     return lanes<uint8_t>([&](int i) { return a.bytes[index.bytes[i] & 63]; });
+}
+
+EMULATED __mmask64 _mm512_test_epi8_mask(__m512i a, __m512i b) {
+    __mmask64 mask = 0;
+    for (int i = 0; i < 64; ++i) mask |= static_cast<__mmask64>((a.bytes[i] & b.bytes[i]) != 0) << i;
+    return mask;
+}
+
+EMULATED __m512i _mm512_mask_add_epi8(__m512i source, __mmask64 mask, __m512i a, __m512i b) {
+    return lanes<uint8_t>([&](int i) { return mask >> i & 1 ? a.bytes[i] + b.bytes[i] : source.bytes[i]; });
 }
 
 EMULATED __mmask64 _mm512_movepi8_mask(__m512i a) {

@@ -32,6 +32,10 @@ KERNELS = {(name, path): LoBcqKernel(format, held) for name, format in CASES.ite
 W4A4 = [name for name, format in CASES.items() if not format.keeps_activations]
 LAYOUTS = [Layout(array=16, num_codebooks=8), Layout(array=32, num_codebooks=2), Layout(num_codebooks=4),
            Layout(array=128, num_codebooks=1), Layout(array=128), Layout(array=128, codeword_bits=8)]  # fmt: skip
+LAYOUTS += [Layout(block=block, array=array, num_codebooks=books, codeword_bits=bits) for block, array, books, bits in (
+    (4, 64, 4, 6), (4, 64, 2, 8), (4, 16, 1, 6), (4, 128, 8, 8), (4, 32, 16, 6),
+    (2, 64, 2, 6), (2, 128, 4, 6), (2, 32, 1, 8), (2, 16, 8, 6), (2, 64, 16, 8),
+)]  # fmt: skip
 SHAPES = [(1, 64, 1), (7, 64, 5), (8, 128, 33), (13, 192, 2), (31, 320, 16), (9, 640, 70), (65, 64, 3), (24, 1088, 4)]
 
 
@@ -51,9 +55,10 @@ def rows_of(wire):
 
 def in_order(format, x, rows):
     """What `linear` promises, bit for bit: x [T, I] float32 -> [T, O] float32."""
-    blocks, bits = rows["weight"].shape[1] // 4, format.layout.selector_bits
+    length, bits = format.layout.block, format.layout.selector_bits
+    blocks = 2 * rows["weight"].shape[1] // length
     books = unpack_bits(rows["weight_selector"], bits, blocks).long() if bits else torch.zeros(len(rows["weight"]), blocks).long()
-    entries = books[:, :, None] * 16 + unpack(rows["weight"]).unflatten(1, (-1, 8)).long()
+    entries = books[:, :, None] * 16 + unpack(rows["weight"]).unflatten(1, (-1, length)).long()
     weights = format.codebooks.weights.table[entries].flatten(1)
     weights, weight_scales = format.grouped(weights), rows["weight_scale"].float()
     row_scales = 1.0 / rows["weight_global_scale"].double().T
@@ -87,7 +92,9 @@ def assert_in_order(format, kernel, rows, columns, tokens):
     x[-1, :64], x[tokens // 2] = 0.0, 0.0
     matrix, bias = rows_of(format.encode(weight)), normal(rows, seed=5)
     packed = kernel.pack(matrix)
-    assert packed.nbytes == math.ceil(rows / 8) * 8 * (36 * columns // 64 + columns // format.layout.array + 8)
+    selector_bits = 4 if format.layout.block == 8 else format.layout.selector_bits
+    bits_per_weight = 4 + selector_bits / format.layout.block + 8 / format.layout.array
+    assert packed.nbytes == math.ceil(rows / 8) * 8 * (bits_per_weight * columns / 8 + 8)
     unpacked = kernel.unpack(packed, rows, columns)
     assert list(unpacked) == list(matrix) and all(torch.equal(unpacked[name].float(), matrix[name].float()) for name in matrix)
     expected = in_order(format, x, matrix)
@@ -166,7 +173,7 @@ def assert_no_overflow(format, kernel):
     codes = torch.tensor([[code] * 256 for _, code in extreme], dtype=torch.uint8)
     matrix = {"weight": pack(codes)}
     if layout.selector_bits:
-        matrix["weight_selector"] = pack_bits(torch.tensor([[k] * 32 for k, _ in extreme], dtype=torch.uint8), layout.selector_bits)
+        matrix["weight_selector"] = pack_bits(torch.tensor([[k] * (256 // layout.block) for k, _ in extreme], dtype=torch.uint8), layout.selector_bits)
     matrix["weight_scale"] = torch.full((len(extreme), 256 // layout.array), 448.0).to(torch.float8_e4m3fn)
     matrix["weight_global_scale"] = torch.ones(len(extreme), 1)
     x = torch.tensor([[1.0], [-1.0]]).expand(2, 256) * 100.0
@@ -186,7 +193,7 @@ def even_codebooks(layout):
 
 @pytest.mark.parametrize("path", LIBRARIES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.file_name.removesuffix(".json"))
-def test_other_arrays_and_fewer_books_keep_the_same_promises(layout, path):
+def test_other_blocks_and_arrays_and_fewer_books_keep_the_same_promises(layout, path):
     for keeps_activations in (False, True):
         format = LoBcq("other", layout, even_codebooks(layout), keeps_activations)
         kernel = LoBcqKernel(format, LIBRARIES[path])
@@ -234,10 +241,9 @@ def test_any_layout_of_x_and_any_dtype_is_taken(case):
     assert kernel.linear(x[:0].bfloat16(), packed, 16, None).shape == (0, 16)
 
 
-def test_blocks_of_eight_have_a_kernel():
+def test_lo_bcq_alone_has_a_kernel():
     assert all(map(has_kernel, CASES.values()))
     assert not any(has_kernel(FORMATS[name]) for name in ("int8", "nvfp4", "nf4"))
-    assert not any(has_kernel(LoBcq("other", Layout(block=block), "")) for block in (2, 4))
 
 
 @pytest.fixture

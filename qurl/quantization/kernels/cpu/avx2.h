@@ -7,7 +7,8 @@
 // times the sum of the activations' codes comes off at the end. Weights of 8 bits trade signs (psignb) and are widened to 32 bits
 // after every two products, since 2 * 128 * 127 < 2^15.
 //
-// There are loops for arrays of 64, which the package's codebooks have, and loops for all others.
+// There are loops for arrays of 64 and blocks of 8, which the package's codebooks have, and loops for all others. Codewords of shorter
+// blocks are looked up before they are multiplied, however few tokens there are.
 #pragma once
 
 #if defined(__x86_64__)
@@ -23,6 +24,10 @@ namespace avx2 {
 
 constexpr int AHEAD = 2368;  // bytes between what is read and what is asked for: 8 arrays of 64
 constexpr int CHUNK = 8;  // arrays of a tile that are looked up before many tokens are multiplied with them
+
+constexpr Layout USUAL = {64, 8, 4};
+
+inline bool is_usual(const Layout& layout) { return layout.array == USUAL.array && layout.block == USUAL.block; }
 
 inline bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
@@ -88,6 +93,7 @@ AVX2_INLINE float amax_of(const float* values, int count) {
 }
 
 // The book with the least sum of squared errors for a block; the first of equals. steps: of its numbers, see Books::nearest.
+template <int BLOCK>
 AVX2_INLINE int best_book(const Books& books, const float* block, const int32_t* steps) {
     __m256 errors[2];
 #pragma GCC unroll 8
@@ -109,12 +115,13 @@ AVX2_INLINE int best_book(const Books& books, const float* block, const int32_t*
     return __builtin_ctz(bits) / 2;  // two bits for each book, in order
 }
 
-AVX2 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
-                 Tokens& tokens) {
+template <int BLOCK>
+AVX2 void encode_blocks(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
+                        Tokens& tokens) {
     const __m256 largest = _mm256_set1_ps(static_cast<float>(books.largest));
     const __m256 smallest = _mm256_sub_ps(_mm256_setzero_ps(), largest);
     const __m256i middle = _mm256_set1_epi32(2 * books.largest);
-    const int array = tokens.blocks * BLOCK;
+    const int array = tokens.layout.array;
     const int64_t arrays = tokens.arrays();
     for (int64_t g = first; g < last; ++g) {
         const float scale = scale_of_array(amax_of(values + g * array, array), global_scale, books);
@@ -129,13 +136,20 @@ AVX2 void encode(const Books& books, const float* values, float global_scale, in
             _mm256_store_si256(reinterpret_cast<__m256i*>(steps + i), _mm256_add_epi32(_mm256_cvtps_epi32(half), middle));
         }
         int8_t* codes = tokens.codes + token * tokens.columns + g * array;
-        int best[MOST_BLOCKS];
-        for (int b = 0; b < tokens.blocks; ++b) best[b] = best_book(books, scaled + b * BLOCK, steps + b * BLOCK);
+        int best[LARGEST_ARRAY / BLOCK];
+        for (int i = 0; i < array; i += BLOCK) best[i / BLOCK] = best_book<BLOCK>(books, scaled + i, steps + i);
         int32_t sum = 0;
         for (int i = 0; i < array; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best[i / BLOCK]];
         tokens.scales[token * arrays + g] = scale * 256.0f;
         tokens.offsets[token * arrays + g] = 32 * sum;
     }
+}
+
+AVX2 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
+                 Tokens& tokens) {
+    const int block = tokens.layout.block;
+    const auto encode = block == 8 ? encode_blocks<8> : block == 4 ? encode_blocks<4> : encode_blocks<2>;
+    encode(books, values, global_scale, first, last, token, tokens);
 }
 
 AVX2_INLINE int32_t sum_of(__m256i values) {
@@ -148,7 +162,7 @@ AVX2 void encode_digits(const Books&, const float* values, float token_scale, in
                         Tokens& tokens) {
     const __m256i low_byte = _mm256_set1_epi32(255), half = _mm256_set1_epi32(128);
     const __m256i first_bytes = _mm256_set1_epi32(0x0C080400);
-    const int array = tokens.blocks * BLOCK;
+    const int array = tokens.layout.array;
     for (int64_t g = first; g < last; ++g) {
         const Digits digits(amax_of(values + g * array, array), token_scale);
         __m256i sums[DIGITS] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -175,15 +189,68 @@ AVX2_INLINE __m256i pair(const uint8_t* pairs, uint32_t selector) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(pairs + selector * 2 * ENTRIES));
 }
 
-// 64 codewords: `low` of rows 0, 1, 4, 5 and `high` of rows 2, 3, 6, 7.
-AVX2_INLINE void look_up(const uint8_t* pairs, const uint8_t* codes, const uint8_t* selectors, __m256i& low, __m256i& high) {
+// Of a strip: `low` of rows 0, 1, 4, 5 and `high` of rows 2, 3, 6, 7.
+struct Halves {
+    __m256i low, high;
+};
+
+AVX2_INLINE Halves split(const uint8_t* codes) {
     const __m256i four_bits = _mm256_set1_epi8(15);
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m256i first = _mm256_and_si256(both, four_bits), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), four_bits);
-    low = _mm256_blend_epi32(_mm256_shuffle_epi8(pair(pairs, selectors[0]), first),
-                             _mm256_shuffle_epi8(pair(pairs, selectors[1]), first), 0xCC);
-    high = _mm256_blend_epi32(_mm256_shuffle_epi8(pair(pairs, selectors[2]), second),
-                              _mm256_shuffle_epi8(pair(pairs, selectors[3]), second), 0xCC);
+    return {_mm256_and_si256(both, four_bits), _mm256_and_si256(_mm256_srli_epi16(both, 4), four_bits)};
+}
+
+// A strip's codewords, with a book for 8 columns.
+AVX2_INLINE Halves look_up(const uint8_t* pairs, const uint8_t* codes, const uint8_t* selectors) {
+    const Halves here = split(codes);
+    return {_mm256_blend_epi32(_mm256_shuffle_epi8(pair(pairs, selectors[0]), here.low),
+                               _mm256_shuffle_epi8(pair(pairs, selectors[1]), here.low), 0xCC),
+            _mm256_blend_epi32(_mm256_shuffle_epi8(pair(pairs, selectors[2]), here.high),
+                               _mm256_shuffle_epi8(pair(pairs, selectors[3]), here.high), 0xCC)};
+}
+
+// A strip's codewords, each from one of 2^BITS books: bit i of its number is the sign of choices[i].
+template <int BITS>
+AVX2_INLINE Halves choose(const __m256i* books, const Halves& codes, const Halves* choices) {
+    if constexpr (BITS == 0) {
+        return {_mm256_shuffle_epi8(books[0], codes.low), _mm256_shuffle_epi8(books[0], codes.high)};
+    } else {
+        const Halves zero = choose<BITS - 1>(books, codes, choices);
+        const Halves one = choose<BITS - 1>(books + (1 << (BITS - 1)), codes, choices);
+        return {_mm256_blendv_epi8(zero.low, one.low, choices[BITS - 1].low),
+                _mm256_blendv_epi8(zero.high, one.high, choices[BITS - 1].high)};
+    }
+}
+
+// An array's codewords where a book is for fewer than 8 columns: each code is looked up in all books.
+template <int BITS>
+AVX2 void look_up_bits(const uint8_t* pairs, const uint8_t* array, const Layout& layout, Halves* numbers) {
+    const int strips = layout.strips(), blocks = layout.blocks();
+    const __m256i low_shifts = _mm256_setr_epi64x(7, 6, 3, 2), high_shifts = _mm256_setr_epi64x(5, 4, 1, 0);  // of rows' bits to signs
+    __m256i books[1 << BITS], places[BITS + 1];  // places: bytes of a bit for the columns
+    for (int i = 0; i < 1 << BITS; ++i) books[i] = pair(pairs, i * (ENTRIES + 1));
+    places[0] = _mm256_set1_epi64x(layout.block == 4 ? 0x0101010100000000 : 0x0303020201010000);
+    for (int i = 0; i < BITS; ++i) places[i + 1] = _mm256_add_epi8(places[i], _mm256_set1_epi8(static_cast<char>(blocks)));
+    const uint8_t* selectors = array + layout.selectors_at();
+    for (int s = 0; s < strips; ++s, selectors += BITS * blocks) {
+        const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(selectors)));
+        Halves choices[BITS + 1];
+#pragma GCC unroll 4
+        for (int i = 0; i < BITS; ++i) {
+            const __m256i bits = _mm256_shuffle_epi8(all, places[i]);
+            choices[i] = {_mm256_sllv_epi64(bits, low_shifts), _mm256_sllv_epi64(bits, high_shifts)};
+        }
+        numbers[s] = choose<BITS>(books, split(array + s * 32), choices);
+    }
+}
+
+AVX2_INLINE void look_up_array(const uint8_t* pairs, const uint8_t* array, const Layout& layout, Halves* numbers) {
+    constexpr decltype(&look_up_bits<0>) BY_BITS[] = {look_up_bits<0>, look_up_bits<1>, look_up_bits<2>, look_up_bits<3>, look_up_bits<4>};
+    if (layout.has_bits()) {
+        BY_BITS[layout.selector_bits](pairs, array, layout, numbers);
+        return;
+    }
+    for (int s = 0; s < layout.strips(); ++s) numbers[s] = look_up(pairs, array + s * 32, array + layout.selectors_at() + s * 4);
 }
 
 // E4M3 scales of rows 0 to 7, times 2^-8.
@@ -199,51 +266,49 @@ AVX2_INLINE void prefetch(const uint8_t* array, int bytes) {
 }
 
 struct Tile {
+    const Layout& layout;
     const uint8_t* arrays;
-    int blocks;  // of an array
-    const __m256i* numbers;  // codewords that were looked up before, two registers per block, or null
+    const Halves* numbers;  // codewords that were looked up before, or null
 };
 
 // Weights of 6 bits times codewords of 6 bits, weights of 6 bits times codewords or digits of 8, weights of 8 bits times any.
 enum class Kind { small, digits, wide };
 
-// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals. BLOCKS: of an array, or 0 where the tile says how many.
-template <int NUM_TOKENS, Kind KIND, bool IS_LOOKED_UP, int BLOCKS>
+// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals. IS_USUAL: the tile has the layout USUAL.
+template <int NUM_TOKENS, Kind KIND, bool IS_LOOKED_UP, bool IS_USUAL>
 AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t first, int64_t last,
                            float (*totals)[HEIGHT]) {
     const __m256i ones = _mm256_set1_epi16(1);
-    const int blocks = BLOCKS ? BLOCKS : tile.blocks;
+    const Layout layout = IS_USUAL ? USUAL : tile.layout;
+    const int strips = layout.strips();
     const int64_t arrays = tokens.arrays();
     __m256 total[NUM_TOKENS];
     for (int t = 0; t < NUM_TOKENS; ++t) total[t] = _mm256_loadu_ps(totals[t]);
     for (int64_t g = first; g < last; ++g) {
-        const uint8_t* array = tile.arrays + g * array_bytes(blocks);
-        if (!IS_LOOKED_UP) prefetch(array, array_bytes(blocks));
+        const uint8_t* array = tile.arrays + g * layout.array_bytes();
+        if (!IS_LOOKED_UP) prefetch(array, layout.array_bytes());
         __m256i sums[NUM_TOKENS][2];
         for (int t = 0; t < NUM_TOKENS; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
 #pragma GCC unroll 1
-        for (int b = 0; b < blocks; b += 2) {
-            __m256i weights[2][2];
-            for (int k = 0; k < 2; ++k) {
-                if (IS_LOOKED_UP) {
-                    for (int part = 0; part < 2; ++part) weights[k][part] = tile.numbers[((g - first) * blocks + b + k) * 2 + part];
-                } else {
-                    look_up(pairs, array + (b + k) * 32, array + selectors_at(blocks) + (b + k) * 4, weights[k][0], weights[k][1]);
-                }
-            }
+        for (int s = 0; s < strips; s += 2) {
+            Halves weights[2];
+            for (int k = 0; k < 2; ++k)
+                weights[k] = IS_LOOKED_UP ? tile.numbers[(g - first) * strips + s + k]
+                                          : look_up(pairs, array + (s + k) * 32, array + layout.selectors_at() + (s + k) * 4);
 #pragma GCC unroll 4
             for (int t = 0; t < NUM_TOKENS; ++t) {
                 int64_t eight[2];
-                std::memcpy(eight, tokens.codes + (token + t) * tokens.columns + (g * blocks + b) * BLOCK, 16);
+                std::memcpy(eight, tokens.codes + (token + t) * tokens.columns + (g * strips + s) * WIDTH, 16);
                 const __m256i x[2] = {_mm256_set1_epi64x(eight[0]), _mm256_set1_epi64x(eight[1])};
                 for (int part = 0; part < 2; ++part) {
                     __m256i products[2];
                     for (int k = 0; k < 2; ++k) {
+                        const __m256i weight = part ? weights[k].high : weights[k].low;
                         if (KIND == Kind::wide) {
-                            const __m256i weight = _mm256_sign_epi8(weights[k][part], x[k]);
-                            products[k] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x[k]), weight), ones);
+                            const __m256i turned = _mm256_sign_epi8(weight, x[k]);
+                            products[k] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x[k]), turned), ones);
                         } else {
-                            products[k] = _mm256_maddubs_epi16(weights[k][part], x[k]);
+                            products[k] = _mm256_maddubs_epi16(weight, x[k]);
                         }
                     }
                     if (KIND == Kind::small) {
@@ -257,7 +322,7 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
                 }
             }
         }
-        const __m256 scales = weight_scales(array + scales_at(blocks));
+        const __m256 scales = weight_scales(array + layout.scales_at());
 #pragma GCC unroll 4
         for (int t = 0; t < NUM_TOKENS; ++t) {
             const int64_t place = (token + t) * arrays + g;
@@ -272,56 +337,53 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
     for (int t = 0; t < NUM_TOKENS; ++t) _mm256_storeu_ps(totals[t], total[t]);
 }
 
-template <Kind KIND, bool IS_LOOKED_UP, int BLOCKS>
+template <Kind KIND, bool IS_LOOKED_UP, bool IS_USUAL>
 AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens& tokens, int64_t token, int64_t count,
                            int64_t first, int64_t last, float (*totals)[HEIGHT]) {
-    if (count == 1) add_codes<1, KIND, IS_LOOKED_UP, BLOCKS>(pairs, tile, tokens, token, first, last, totals);
-    else if (count == 2) add_codes<2, KIND, IS_LOOKED_UP, BLOCKS>(pairs, tile, tokens, token, first, last, totals);
-    else if (count == 3) add_codes<3, KIND, IS_LOOKED_UP, BLOCKS>(pairs, tile, tokens, token, first, last, totals);
-    else add_codes<4, KIND, IS_LOOKED_UP, BLOCKS>(pairs, tile, tokens, token, first, last, totals);
+    if (count == 1) add_codes<1, KIND, IS_LOOKED_UP, IS_USUAL>(pairs, tile, tokens, token, first, last, totals);
+    else if (count == 2) add_codes<2, KIND, IS_LOOKED_UP, IS_USUAL>(pairs, tile, tokens, token, first, last, totals);
+    else if (count == 3) add_codes<3, KIND, IS_LOOKED_UP, IS_USUAL>(pairs, tile, tokens, token, first, last, totals);
+    else add_codes<4, KIND, IS_LOOKED_UP, IS_USUAL>(pairs, tile, tokens, token, first, last, totals);
 }
 
-template <Kind KIND, int BLOCKS>
+template <Kind KIND, bool IS_USUAL>
 AVX2 void multiply_codes(const uint8_t* pairs, Tile tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
     const int64_t arrays = tokens.arrays();
-    if (last - first <= 4) {
-        add_codes<KIND, false, BLOCKS>(pairs, tile, tokens, first, last - first, 0, arrays, totals);
+    const Layout layout = IS_USUAL ? USUAL : tile.layout;
+    if (last - first <= 4 && !layout.has_bits()) {
+        add_codes<KIND, false, IS_USUAL>(pairs, tile, tokens, first, last - first, 0, arrays, totals);
         return;
     }
-    const int blocks = BLOCKS ? BLOCKS : tile.blocks;
-    __m256i numbers[CHUNK * MOST_BLOCKS * 2];
+    Halves numbers[CHUNK * MOST_STRIPS];
     tile.numbers = numbers;
     for (int64_t g = 0; g < arrays; g += CHUNK) {
         const int64_t end = g + CHUNK < arrays ? g + CHUNK : arrays;
         for (int64_t h = g; h < end; ++h) {
-            const uint8_t* array = tile.arrays + h * array_bytes(blocks);
-            prefetch(array, array_bytes(blocks));
-            for (int b = 0; b < blocks; ++b) {
-                __m256i* both = numbers + ((h - g) * blocks + b) * 2;
-                look_up(pairs, array + b * 32, array + selectors_at(blocks) + b * 4, both[0], both[1]);
-            }
+            const uint8_t* array = tile.arrays + h * layout.array_bytes();
+            prefetch(array, layout.array_bytes());
+            look_up_array(pairs, array, layout, numbers + (h - g) * layout.strips());
         }
         for (int64_t m = first; m < last; m += 4)
-            add_codes<KIND, true, BLOCKS>(pairs, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
+            add_codes<KIND, true, IS_USUAL>(pairs, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
     }
 }
 
-template <int BLOCKS>
+template <bool IS_USUAL>
 AVX2 void multiply_tile(const Books& books, const Tile& tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
     const uint8_t *pairs = reinterpret_cast<const uint8_t*>(books.pairs), *shifted = books.shifted_pairs[0];
-    const bool is_small = tokens.largest == 31 && tile.blocks <= 8;
-    if (!books.is_narrow()) multiply_codes<Kind::wide, BLOCKS>(pairs, tile, tokens, first, last, totals);
-    else if (is_small) multiply_codes<Kind::small, BLOCKS>(shifted, tile, tokens, first, last, totals);
-    else multiply_codes<Kind::digits, BLOCKS>(shifted, tile, tokens, first, last, totals);
+    const bool is_small = tokens.largest == 31 && tile.layout.array <= 64;
+    if (!books.is_narrow()) multiply_codes<Kind::wide, IS_USUAL>(pairs, tile, tokens, first, last, totals);
+    else if (is_small) multiply_codes<Kind::small, IS_USUAL>(shifted, tile, tokens, first, last, totals);
+    else multiply_codes<Kind::digits, IS_USUAL>(shifted, tile, tokens, first, last, totals);
 }
 
 AVX2 void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, int64_t tile, int64_t first, int64_t last,
                    const Target& target) {
     Totals totals;
     std::memset(totals, 0, sizeof(float) * HEIGHT * static_cast<size_t>(last - first));
-    const Tile here{matrix.codes(tile, 0), matrix.blocks, nullptr};
-    if (matrix.blocks == 8) multiply_tile<8>(books, here, tokens, first, last, totals);
-    else multiply_tile<0>(books, here, tokens, first, last, totals);
+    const Tile here{matrix.layout, matrix.array(tile, 0), nullptr};
+    if (is_usual(matrix.layout)) multiply_tile<true>(books, here, tokens, first, last, totals);
+    else multiply_tile<false>(books, here, tokens, first, last, totals);
     for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
 }
 

@@ -28,6 +28,7 @@ inline bool is_supported() {
 }
 
 // The book with the least sum of squared errors for a block; the first of equals. steps: of its numbers, see Books::nearest.
+template <int BLOCK>
 AVX512_INLINE int best_book(const Books& books, const float* block, const int32_t* steps) {
     __m512 errors = _mm512_setzero_ps();
 #pragma GCC unroll 8
@@ -38,12 +39,13 @@ AVX512_INLINE int best_book(const Books& books, const float* block, const int32_
     return __builtin_ctz(_mm512_cmpeq_ps_mask(errors, _mm512_set1_ps(_mm512_reduce_min_ps(errors))));
 }
 
-AVX512 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
-                   Tokens& tokens) {
+template <int BLOCK>
+AVX512 void encode_blocks(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
+                          Tokens& tokens) {
     const __m512 largest = _mm512_set1_ps(static_cast<float>(books.largest));
     const __m512 smallest = _mm512_sub_ps(_mm512_setzero_ps(), largest);
     const __m512i middle = _mm512_set1_epi32(2 * books.largest);
-    const int array = tokens.blocks * BLOCK;
+    const int array = tokens.layout.array;
     const int64_t arrays = tokens.arrays();
     for (int64_t g = first; g < last; ++g) {
         const float scale = scale_of_array(avx2::amax_of(values + g * array, array), global_scale, books);
@@ -59,13 +61,20 @@ AVX512 void encode(const Books& books, const float* values, float global_scale, 
         }
         int8_t* codes = tokens.codes + token * tokens.columns + g * array;
         int32_t sum = 0;
-        for (int b = 0; b < tokens.blocks; ++b) {
-            const int best = best_book(books, scaled + b * BLOCK, steps + b * BLOCK);
-            for (int i = b * BLOCK; i < (b + 1) * BLOCK; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best];
+        for (int b = 0; b < array; b += BLOCK) {
+            const int best = best_book<BLOCK>(books, scaled + b, steps + b);
+            for (int i = b; i < b + BLOCK; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best];
         }
         tokens.scales[token * arrays + g] = scale * 256.0f;
         tokens.offsets[token * arrays + g] = 32 * sum;
     }
+}
+
+AVX512 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
+                   Tokens& tokens) {
+    const int block = tokens.layout.block;
+    const auto encode = block == 8 ? encode_blocks<8> : block == 4 ? encode_blocks<4> : encode_blocks<2>;
+    encode(books, values, global_scale, first, last, token, tokens);
 }
 
 struct Entries {
@@ -84,11 +93,12 @@ AVX512_INLINE __m512i pick(const Entries& entries, __m512i index) {
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
 }
 
-// 128 codewords of two blocks: `low` of rows 0, 1, 4, 5 and `high` of rows 2, 3, 6, 7, the second block's after the first's.
+// 128 codewords of two strips with a book for 8 columns: `low` of rows 0, 1, 4, 5 and `high` of rows 2, 3, 6, 7, the second strip's
+// after the first's.
 AVX512_INLINE void look_up(const Entries& entries, const uint8_t* codes, const uint8_t* selectors, __m512i& low, __m512i& high) {
     constexpr int64_t EACH = 0x0101010101010101;
     const __m512i four_bits = _mm512_set1_epi8(15), down = _mm512_set1_epi8(16);
-    // Four bits before those that have a book in the selectors of two blocks, so that it comes to stand above a code.
+    // Four bits before those that have a book in the selectors of two strips, so that it comes to stand above a code.
     const __m512i first = _mm512_set_epi64(40 * EACH, 32 * EACH, 36 * EACH, 28 * EACH, 8 * EACH, 0, 4 * EACH, 60 * EACH);
     int64_t sixteen;
     std::memcpy(&sixteen, selectors, 8);
@@ -100,7 +110,30 @@ AVX512_INLINE void look_up(const Entries& entries, const uint8_t* codes, const u
     high = pick(entries, _mm512_ternarylogic_epi64(second_books, four_bits, _mm512_srli_epi16(both, 4), SELECT));
 }
 
-// 16 activations of two blocks beside the codewords of either.
+// The same where a book is for fewer columns: its number is put together bit by bit.
+AVX512_INLINE void look_up_bits(const Entries& entries, const Layout& layout, const uint8_t* codes, const uint8_t* selectors, __m512i& low,
+                                __m512i& high) {
+    constexpr int64_t EACH = 0x0101010101010101;
+    const __m512i four_bits = _mm512_set1_epi8(15);
+    const __m512i low_rows = _mm512_set_epi64(32 * EACH, 16 * EACH, 2 * EACH, EACH, 32 * EACH, 16 * EACH, 2 * EACH, EACH);
+    const __m512i high_rows = _mm512_slli_epi16(low_rows, 2);
+    const int64_t here = layout.block == 4 ? 0x0101010100000000 : 0x0303020201010000;  // bytes that have the columns' bits
+    const int64_t next = here + layout.selector_bytes() * EACH;
+    const __m512i all = _mm512_loadu_si512(selectors), both = _mm512_loadu_si512(codes);
+    __m512i place = _mm512_set_epi64(next, next, next, next, here, here, here, here);
+    low = _mm512_and_si512(both, four_bits);
+    high = _mm512_and_si512(_mm512_srli_epi16(both, 4), four_bits);
+    for (int bit = 0; bit < layout.selector_bits; ++bit) {
+        const __m512i bits = _mm512_permutexvar_epi8(place, all), book = _mm512_set1_epi8(static_cast<char>(ENTRIES << bit));
+        low = _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(bits, low_rows), low, book);
+        high = _mm512_mask_add_epi8(high, _mm512_test_epi8_mask(bits, high_rows), high, book);
+        place = _mm512_add_epi8(place, _mm512_set1_epi8(static_cast<char>(layout.blocks())));
+    }
+    low = pick(entries, low);
+    high = pick(entries, high);
+}
+
+// 16 activations of two strips beside the codewords of either.
 AVX512_INLINE __m512i beside(const int8_t* codes) {
     const __m512i sixteen = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     return _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 1, 1, 0, 0, 0, 0), sixteen);
@@ -112,40 +145,41 @@ AVX512_INLINE __m256i sum_of_halves(__m512i sums) {
 }
 
 struct Tile {
+    const Layout& layout;
     const uint8_t* arrays;
-    int blocks;  // of an array
-    const __m512i* numbers;  // codewords that were looked up before, a register per block, or null
+    const __m512i* numbers;  // codewords that were looked up before, a register per strip, or null
     int too_large;  // what was added to codewords, over 32
 };
 
-// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals. BLOCKS: of an array, or 0 where the tile says how many.
-template <int NUM_TOKENS, bool IS_LOOKED_UP, int BLOCKS>
+// Arrays first to last of a tile times NUM_TOKENS tokens, added to totals. IS_USUAL: the tile has the layout USUAL.
+template <int NUM_TOKENS, bool IS_LOOKED_UP, bool IS_USUAL>
 AVX512_INLINE void add_codes(const Entries& entries, const Tile& tile, const Tokens& tokens, int64_t token, int64_t first,
                              int64_t last, float (*totals)[HEIGHT]) {
-    const int blocks = BLOCKS ? BLOCKS : tile.blocks;
+    const Layout layout = IS_USUAL ? avx2::USUAL : tile.layout;
+    const int strips = layout.strips();
     const int64_t arrays = tokens.arrays();
     __m256 total[NUM_TOKENS];
     for (int t = 0; t < NUM_TOKENS; ++t) total[t] = _mm256_loadu_ps(totals[t]);
     for (int64_t g = first; g < last; ++g) {
-        const uint8_t* array = tile.arrays + g * array_bytes(blocks);
-        if (!IS_LOOKED_UP) avx2::prefetch(array, array_bytes(blocks));
+        const uint8_t* array = tile.arrays + g * layout.array_bytes();
+        if (!IS_LOOKED_UP) avx2::prefetch(array, layout.array_bytes());
         __m512i sums[NUM_TOKENS][2];
         for (int t = 0; t < NUM_TOKENS; ++t) sums[t][0] = sums[t][1] = _mm512_setzero_si512();
 #pragma GCC unroll 4
-        for (int b = 0; b < blocks; b += 2) {
+        for (int s = 0; s < strips; s += 2) {
             __m512i weights[2];
             if (IS_LOOKED_UP) {
-                for (int part = 0; part < 2; ++part) weights[part] = tile.numbers[(g - first) * blocks + b + part];
+                for (int part = 0; part < 2; ++part) weights[part] = tile.numbers[(g - first) * strips + s + part];
             } else {
-                look_up(entries, array + b * 32, array + selectors_at(blocks) + b * 4, weights[0], weights[1]);
+                look_up(entries, array + s * 32, array + layout.selectors_at() + s * 4, weights[0], weights[1]);
             }
 #pragma GCC unroll 4
             for (int t = 0; t < NUM_TOKENS; ++t) {
-                const __m512i x = beside(tokens.codes + (token + t) * tokens.columns + (g * blocks + b) * BLOCK);
+                const __m512i x = beside(tokens.codes + (token + t) * tokens.columns + (g * strips + s) * WIDTH);
                 for (int part = 0; part < 2; ++part) sums[t][part] = _mm512_dpbusd_epi32(sums[t][part], weights[part], x);
             }
         }
-        const __m256 scales = avx2::weight_scales(array + scales_at(blocks));
+        const __m256 scales = avx2::weight_scales(array + layout.scales_at());
 #pragma GCC unroll 4
         for (int t = 0; t < NUM_TOKENS; ++t) {
             const int64_t place = (token + t) * arrays + g;
@@ -158,37 +192,39 @@ AVX512_INLINE void add_codes(const Entries& entries, const Tile& tile, const Tok
     for (int t = 0; t < NUM_TOKENS; ++t) _mm256_storeu_ps(totals[t], total[t]);
 }
 
-template <bool IS_LOOKED_UP, int BLOCKS>
+template <bool IS_LOOKED_UP, bool IS_USUAL>
 AVX512_INLINE void add_codes(const Entries& entries, const Tile& tile, const Tokens& tokens, int64_t token, int64_t count,
                              int64_t first, int64_t last, float (*totals)[HEIGHT]) {
-    if (count == 1) add_codes<1, IS_LOOKED_UP, BLOCKS>(entries, tile, tokens, token, first, last, totals);
-    else if (count == 2) add_codes<2, IS_LOOKED_UP, BLOCKS>(entries, tile, tokens, token, first, last, totals);
-    else if (count == 3) add_codes<3, IS_LOOKED_UP, BLOCKS>(entries, tile, tokens, token, first, last, totals);
-    else add_codes<4, IS_LOOKED_UP, BLOCKS>(entries, tile, tokens, token, first, last, totals);
+    if (count == 1) add_codes<1, IS_LOOKED_UP, IS_USUAL>(entries, tile, tokens, token, first, last, totals);
+    else if (count == 2) add_codes<2, IS_LOOKED_UP, IS_USUAL>(entries, tile, tokens, token, first, last, totals);
+    else if (count == 3) add_codes<3, IS_LOOKED_UP, IS_USUAL>(entries, tile, tokens, token, first, last, totals);
+    else add_codes<4, IS_LOOKED_UP, IS_USUAL>(entries, tile, tokens, token, first, last, totals);
 }
 
-template <int BLOCKS>
+template <bool IS_USUAL>
 AVX512 void multiply_tile(const Entries& entries, Tile tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
-    const int blocks = BLOCKS ? BLOCKS : tile.blocks;
+    const Layout layout = IS_USUAL ? avx2::USUAL : tile.layout;
     const int64_t arrays = tokens.arrays();
-    if (last - first <= 4) {
-        add_codes<false, BLOCKS>(entries, tile, tokens, first, last - first, 0, arrays, totals);
+    if (last - first <= 4 && !layout.has_bits()) {
+        add_codes<false, IS_USUAL>(entries, tile, tokens, first, last - first, 0, arrays, totals);
         return;
     }
-    __m512i numbers[CHUNK * MOST_BLOCKS];
+    __m512i numbers[CHUNK * MOST_STRIPS];
     tile.numbers = numbers;
     for (int64_t g = 0; g < arrays; g += CHUNK) {
         const int64_t end = g + CHUNK < arrays ? g + CHUNK : arrays;
         for (int64_t h = g; h < end; ++h) {
-            const uint8_t* array = tile.arrays + h * array_bytes(blocks);
-            avx2::prefetch(array, array_bytes(blocks));
-            for (int b = 0; b < blocks; b += 2) {
-                __m512i* both = numbers + (h - g) * blocks + b;
-                look_up(entries, array + b * 32, array + selectors_at(blocks) + b * 4, both[0], both[1]);
+            const uint8_t* array = tile.arrays + h * layout.array_bytes();
+            avx2::prefetch(array, layout.array_bytes());
+            for (int s = 0; s < layout.strips(); s += 2) {
+                __m512i* both = numbers + (h - g) * layout.strips() + s;
+                const uint8_t *codes = array + s * 32, *selectors = array + layout.selectors_at() + s * layout.selector_bytes();
+                if (layout.has_bits()) look_up_bits(entries, layout, codes, selectors, both[0], both[1]);
+                else look_up(entries, codes, selectors, both[0], both[1]);
             }
         }
         for (int64_t m = first; m < last; m += 4)
-            add_codes<true, BLOCKS>(entries, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
+            add_codes<true, IS_USUAL>(entries, tile, tokens, m, last - m < 4 ? last - m : 4, g, end, totals + (m - first));
     }
 }
 
@@ -197,9 +233,9 @@ AVX512 void multiply(const Books& books, const Matrix& matrix, const Tokens& tok
     Totals totals;
     std::memset(totals, 0, sizeof(float) * HEIGHT * static_cast<size_t>(last - first));
     const Entries entries = load(books.shifted[0]);
-    const Tile here{matrix.codes(tile, 0), matrix.blocks, nullptr, books.is_narrow() ? 1 : 4};
-    if (matrix.blocks == 8) multiply_tile<8>(entries, here, tokens, first, last, totals);
-    else multiply_tile<0>(entries, here, tokens, first, last, totals);
+    const Tile here{matrix.layout, matrix.array(tile, 0), nullptr, books.is_narrow() ? 1 : 4};
+    if (avx2::is_usual(matrix.layout)) multiply_tile<true>(entries, here, tokens, first, last, totals);
+    else multiply_tile<false>(entries, here, tokens, first, last, totals);
     for (int64_t m = first; m < last; m += tokens.planes) store(totals + (m - first), matrix, tile, m, tokens, target);
 }
 

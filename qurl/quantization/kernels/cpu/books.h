@@ -54,8 +54,8 @@ inline float round_e4m3(float value) {
 
 // Activations as they are multiplied. A token of W4A4 is one plane of codewords, one of W4A16 is three planes of digits.
 struct Tokens {
+    const Layout& layout;
     int64_t count, columns;
-    int blocks;  // of an array
     int planes;
     int largest;       // no code is larger: that of the activations' codebooks, or 128 for digits
     int8_t* codes;     // [count, planes, columns]
@@ -63,7 +63,7 @@ struct Tokens {
     int32_t* offsets;  // [count, planes, arrays], 32 times the sum of an array's codes
     double* factors;   // [count], by which a token's results are multiplied; NaN for a token that is not finite
 
-    int64_t arrays() const { return columns / (blocks * BLOCK); }
+    int64_t arrays() const { return columns / layout.array; }
 };
 
 constexpr int DIGITS = 3;

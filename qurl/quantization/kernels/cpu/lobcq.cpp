@@ -134,43 +134,42 @@ uint64_t qurl_read(const OpenMp* openmp, const void* data, int64_t bytes) {
 // entries: int8 [16, 16], where there are fewer books with copies of the last. Lives until the process ends.
 const Books* qurl_lobcq_books(const int8_t* entries, int largest) { return new Books(entries, largest); }
 
-// blocks: of an array, here and below.
-int64_t qurl_lobcq_bytes(int64_t rows, int64_t columns, int blocks) { return Matrix{nullptr, rows, columns, blocks}.bytes(); }
+int64_t qurl_lobcq_bytes(const Layout* layout, int64_t rows, int64_t columns) { return Matrix{*layout, nullptr, rows, columns}.bytes(); }
 
-// selectors: uint8 [rows, columns / 16], two in a byte.
-void qurl_lobcq_pack(int64_t rows, int64_t columns, int blocks, uint8_t* packed, const uint8_t* codes, const uint8_t* selectors,
-                     const uint8_t* scales, const float* global_scales) {
-    const Matrix matrix{packed, rows, columns, blocks};
+// selectors: uint8 [rows, columns / L_b / 2], two in a byte.
+void qurl_lobcq_pack(const Layout* layout, int64_t rows, int64_t columns, uint8_t* packed, const uint8_t* codes,
+                     const uint8_t* selectors, const uint8_t* scales, const float* global_scales) {
+    const Matrix matrix{*layout, packed, rows, columns};
     for (int64_t tile = 0; tile < matrix.tiles(); ++tile) pack_tile(matrix, tile, packed, codes, selectors, scales, global_scales);
 }
 
-void qurl_lobcq_unpack(int64_t rows, int64_t columns, int blocks, const uint8_t* packed, uint8_t* codes, uint8_t* selectors,
+void qurl_lobcq_unpack(const Layout* layout, int64_t rows, int64_t columns, const uint8_t* packed, uint8_t* codes, uint8_t* selectors,
                        uint8_t* scales, float* global_scales) {
-    const Matrix matrix{packed, rows, columns, blocks};
+    const Matrix matrix{*layout, packed, rows, columns};
     for (int64_t tile = 0; tile < matrix.tiles(); ++tile) unpack_tile(matrix, tile, codes, selectors, scales, global_scales);
 }
 
 // books: of activations. codes: int8 [tokens, columns]. scales: float32 [tokens, arrays], 2^8 E4M3 numbers. factors: double
 // [tokens].
-void qurl_lobcq_encode(const Books* books, int path, const OpenMp* openmp, int rotation, const void* x, int is_bfloat16,
-                       int64_t count, int64_t columns, int blocks, int8_t* codes, float* scales, double* factors) {
-    std::unique_ptr<int32_t[]> offsets(new int32_t[count * columns / (blocks * BLOCK)]);
-    Tokens tokens{count, columns, blocks, 1, books->largest, codes, scales, offsets.get(), factors};
+void qurl_lobcq_encode(const Layout* layout, const Books* books, int path, const OpenMp* openmp, int rotation, const void* x,
+                       int is_bfloat16, int64_t count, int64_t columns, int8_t* codes, float* scales, double* factors) {
+    std::unique_ptr<int32_t[]> offsets(new int32_t[count * columns / layout->array]);
+    Tokens tokens{*layout, count, columns, 1, books->largest, codes, scales, offsets.get(), factors};
     run(*books, *books, path, *openmp, {x, is_bfloat16 != 0, rotation}, tokens, nullptr, {});
 }
 
 // x: float32 or bfloat16 [count, columns]. bias: null or [rows]. out: [count, rows] in x's dtype.
-void qurl_lobcq_linear(const Books* books, const Books* activation_books, int path, const OpenMp* openmp, int rotation,
-                       int keeps_activations, const void* x, int is_bfloat16, int64_t count, const uint8_t* packed, int64_t rows,
-                       int64_t columns, int blocks, const void* bias, int is_bias_bfloat16, void* out) {
-    const Matrix matrix{packed, rows, columns, blocks};
+void qurl_lobcq_linear(const Layout* layout, const Books* books, const Books* activation_books, int path, const OpenMp* openmp,
+                       int rotation, int keeps_activations, const void* x, int is_bfloat16, int64_t count, const uint8_t* packed,
+                       int64_t rows, int64_t columns, const void* bias, int is_bias_bfloat16, void* out) {
+    const Matrix matrix{*layout, packed, rows, columns};
     const int planes = keeps_activations ? DIGITS : 1, largest = keeps_activations ? 128 : activation_books->largest;
-    const int64_t numbers = count * planes * columns, arrays = numbers / (blocks * BLOCK);
+    const int64_t numbers = count * planes * columns, arrays = numbers / layout->array;
     const int64_t bytes = numbers + arrays * 8 + count * 8 + 4 * 64;
     std::unique_ptr<void, decltype(&std::free)> memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
     if (!memory) throw std::bad_alloc();
     char* place = static_cast<char*>(memory.get());
-    Tokens tokens{count, columns, blocks, planes, largest, take<int8_t>(place, numbers), take<float>(place, arrays),
+    Tokens tokens{*layout, count, columns, planes, largest, take<int8_t>(place, numbers), take<float>(place, arrays),
                   take<int32_t>(place, arrays), take<double>(place, count)};
     run(*books, *activation_books, path, *openmp, {x, is_bfloat16 != 0, rotation}, tokens, &matrix,
         {out, is_bfloat16 != 0, bias, is_bias_bfloat16 != 0});

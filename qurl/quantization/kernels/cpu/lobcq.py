@@ -16,7 +16,7 @@ A token with NaN or Inf gives NaN everywhere."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import Structure, addressof, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -28,14 +28,19 @@ from qurl.quantization.kernels.cpu.library import Library, load
 from qurl.quantization.lobcq import Codebooks, LoBcq
 from qurl.quantization.packing import pack_bits, unpack_bits
 
-_BLOCK = 8
 _SELECTOR_BITS = 4
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
+class _Layout(Structure):
+    """See Layout in tiles.h."""
+
+    _fields_ = [("array", c_int), ("block", c_int), ("selector_bits", c_int)]
+
+
 def has_kernel(format: QuantizationFormat) -> bool:
     """Whether the loops are written for this format; whether they can run here is another question, see library.load."""
-    return isinstance(format, LoBcq) and format.layout.block == _BLOCK
+    return isinstance(format, LoBcq)
 
 
 class LoBcqKernel:
@@ -46,9 +51,8 @@ class LoBcqKernel:
         self._library = _typed(library)  # which owns what `_how` points to
         self._functions = library.functions
         self._keeps_activations = format.keeps_activations
-        self._array = format.layout.array
-        self._blocks = format.layout.array // _BLOCK  # of an array
-        self._selector_bits = format.layout.selector_bits  # on the wire
+        self._layout = _Layout(format.layout.array, format.layout.block, format.layout.selector_bits)
+        self._address = addressof(self._layout)
         self._weight_books = self._books(format.codebooks.weights)
         self._activation_books = self._books(format.codebooks.activations)
         self._how = (library.path_number, library.openmp, format.rotation)  # arguments of what computes
@@ -56,13 +60,13 @@ class LoBcqKernel:
     def pack(self, wire: Mapping[str, Tensor]) -> Tensor:
         """uint8 [bytes] from wire tensors with one row per output feature, the global scale too: its matrices may be several."""
         codes = wire["weight"].contiguous()
-        selectors = self._wide_selectors(wire, len(codes), 2 * codes.shape[1] // _BLOCK)
+        selectors = self._wide_selectors(wire, len(codes), 2 * codes.shape[1] // self._layout.block)
         scales = wire["weight_scale"].contiguous()
         global_scales = wire["weight_global_scale"].float().contiguous()
         rows, columns = len(codes), 2 * codes.shape[1]
-        packed = torch.empty(self._functions.qurl_lobcq_bytes(rows, columns, self._blocks), dtype=torch.uint8)
+        packed = torch.empty(self._functions.qurl_lobcq_bytes(self._address, rows, columns), dtype=torch.uint8)
         self._functions.qurl_lobcq_pack(
-            rows, columns, self._blocks, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(),
+            self._address, rows, columns, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(),
             global_scales.data_ptr(),
         )  # fmt: skip
         return packed
@@ -70,27 +74,28 @@ class LoBcqKernel:
     def unpack(self, packed: Tensor, rows: int, columns: int) -> dict[str, Tensor]:
         """What `pack` was given."""
         codes = torch.empty((rows, columns // 2), dtype=torch.uint8)
-        selectors = torch.empty((rows, columns // _BLOCK // 2), dtype=torch.uint8)
-        scales = torch.empty((rows, columns // self._array), dtype=torch.float8_e4m3fn)
+        blocks = columns // self._layout.block
+        selectors = torch.empty((rows, blocks // 2), dtype=torch.uint8)
+        scales = torch.empty((rows, columns // self._layout.array), dtype=torch.float8_e4m3fn)
         global_scales = torch.empty((rows, 1), dtype=torch.float32)
         self._functions.qurl_lobcq_unpack(
-            rows, columns, self._blocks, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(),
+            self._address, rows, columns, packed.data_ptr(), codes.data_ptr(), selectors.data_ptr(), scales.data_ptr(),
             global_scales.data_ptr(),
         )  # fmt: skip
         wire = {"weight": codes}
-        if self._selector_bits:
-            wire["weight_selector"] = _repacked(selectors, _SELECTOR_BITS, self._selector_bits, columns // _BLOCK)
+        if self._layout.selector_bits:
+            wire["weight_selector"] = _repacked(selectors, _SELECTOR_BITS, self._layout.selector_bits, blocks)
         return {**wire, "weight_scale": scales, "weight_global_scale": global_scales}
 
     def quantize_activations(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As the format's for W4A4: codewords, here int8 [T, I], and float32 scales [T, I/L_A]; x: bfloat16 or float32 [T, I]."""
         x = x.contiguous()
         codes = torch.empty(x.shape, dtype=torch.int8)
-        scales = torch.empty((x.shape[0], x.shape[1] // self._array), dtype=torch.float32)
+        scales = torch.empty((x.shape[0], x.shape[1] // self._layout.array), dtype=torch.float32)
         factors = torch.empty((x.shape[0], 1), dtype=torch.float64)
         if len(x):
             self._functions.qurl_lobcq_encode(
-                self._activation_books, *self._how, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape, self._blocks,
+                self._address, self._activation_books, *self._how, x.data_ptr(), x.dtype == torch.bfloat16, *x.shape,
                 codes.data_ptr(), scales.data_ptr(), factors.data_ptr(),
             )  # fmt: skip
         return codes, (scales / 256.0) / factors.reciprocal().float()
@@ -105,17 +110,17 @@ class LoBcqKernel:
         out = x.new_empty((x.shape[0], rows))
         if out.numel():
             self._functions.qurl_lobcq_linear(
-                self._weight_books, self._activation_books, *self._how, self._keeps_activations, x.data_ptr(),
-                x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows, x.shape[1], self._blocks,
+                self._address, self._weight_books, self._activation_books, *self._how, self._keeps_activations, x.data_ptr(),
+                x.dtype == torch.bfloat16, x.shape[0], packed.data_ptr(), rows, x.shape[1],
                 None if bias is None else bias.data_ptr(), bias is not None and bias.dtype == torch.bfloat16, out.data_ptr(),
             )  # fmt: skip
         return out
 
     def _wide_selectors(self, wire: Mapping[str, Tensor], rows: int, blocks: int) -> Tensor:
         """uint8 [rows, blocks / 2]"""
-        if not self._selector_bits:
+        if not self._layout.selector_bits:
             return torch.zeros((rows, blocks // 2), dtype=torch.uint8)
-        return _repacked(wire["weight_selector"], self._selector_bits, _SELECTOR_BITS, blocks)
+        return _repacked(wire["weight_selector"], self._layout.selector_bits, _SELECTOR_BITS, blocks)
 
     def _books(self, codebooks: Codebooks) -> int:
         books = list(codebooks.entries)
@@ -141,12 +146,12 @@ def _typed(library: Library) -> Library:
     how: list[Any] = [c_int, c_void_p, c_int]
     functions.qurl_lobcq_books.argtypes = [c_void_p, c_int]
     functions.qurl_lobcq_books.restype = c_void_p
-    functions.qurl_lobcq_bytes.argtypes = [c_int64, c_int64, c_int]
+    functions.qurl_lobcq_bytes.argtypes = [c_void_p, c_int64, c_int64]
     functions.qurl_lobcq_bytes.restype = c_int64
-    functions.qurl_lobcq_pack.argtypes = functions.qurl_lobcq_unpack.argtypes = [c_int64, c_int64, c_int, *[c_void_p] * 5]
-    functions.qurl_lobcq_encode.argtypes = [c_void_p, *how, c_void_p, c_int, c_int64, c_int64, c_int, *[c_void_p] * 3]
+    functions.qurl_lobcq_pack.argtypes = functions.qurl_lobcq_unpack.argtypes = [c_void_p, c_int64, c_int64, *[c_void_p] * 5]
+    functions.qurl_lobcq_encode.argtypes = [c_void_p, c_void_p, *how, c_void_p, c_int, c_int64, c_int64, *[c_void_p] * 3]
     functions.qurl_lobcq_linear.argtypes = [
-        c_void_p, c_void_p, *how, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_int, c_void_p, c_int,
+        c_void_p, c_void_p, c_void_p, *how, c_int, c_void_p, c_int, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int,
         c_void_p,
     ]  # fmt: skip
     for name in ("pack", "unpack", "encode", "linear"):

@@ -55,7 +55,7 @@ namespace portable {
 
 void encode(const Books& books, const float* values, float global_scale, int64_t first, int64_t last, int64_t token,
             Tokens& tokens) {
-    const int array = tokens.blocks * BLOCK;
+    const int array = tokens.layout.array, length = tokens.layout.block;
     for (int64_t g = first; g < last; ++g) {
         float amax = 0.0f;
         for (int i = 0; i < array; ++i) amax = std::max(amax, std::fabs(values[g * array + i]));
@@ -63,12 +63,12 @@ void encode(const Books& books, const float* values, float global_scale, int64_t
         const float inverse = scale > 0.0f ? global_scale / scale : 0.0f;
         const float largest = static_cast<float>(books.largest);
         int32_t sum = 0;
-        for (int b = 0; b < tokens.blocks; ++b) {
-            const float* block = values + g * array + b * BLOCK;
-            int8_t* codes = tokens.codes + token * tokens.columns + g * array + b * BLOCK;
-            int steps[BLOCK];
+        for (int b = 0; b < array; b += length) {
+            const float* block = values + g * array + b;
+            int8_t* codes = tokens.codes + token * tokens.columns + g * array + b;
+            int steps[WIDTH];
             float errors[ENTRIES] = {};
-            for (int i = 0; i < BLOCK; ++i) {
+            for (int i = 0; i < length; ++i) {
                 const float value = block[i] * inverse;
                 const float clamped = value < -largest ? -largest : value > largest ? largest : value;
                 steps[i] = static_cast<int>(std::floor(2.0f * clamped)) + 2 * books.largest;
@@ -79,7 +79,7 @@ void encode(const Books& books, const float* values, float global_scale, int64_t
             }
             int best = 0;
             for (int book = 1; book < ENTRIES; ++book) best = errors[book] < errors[best] ? book : best;
-            for (int i = 0; i < BLOCK; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best];
+            for (int i = 0; i < length; ++i) sum += codes[i] = books.nearest_codeword[steps[i]][best];
         }
         tokens.scales[token * tokens.arrays() + g] = scale * 256.0f;
         tokens.offsets[token * tokens.arrays() + g] = 32 * sum;
@@ -88,7 +88,7 @@ void encode(const Books& books, const float* values, float global_scale, int64_t
 
 void encode_digits(const Books&, const float* values, float token_scale, int64_t first, int64_t last, int64_t token,
                    Tokens& tokens) {
-    const int array = tokens.blocks * BLOCK;
+    const int array = tokens.layout.array;
     for (int64_t g = first; g < last; ++g) {
         float amax = 0.0f;
         for (int i = 0; i < array; ++i) amax = std::max(amax, std::fabs(values[g * array + i]));
@@ -132,12 +132,16 @@ float load(const Source& source, int64_t token, int64_t columns, float* values) 
 }
 
 inline void look_up(const Books& books, const Matrix& matrix, int64_t tile, int64_t g, int8_t numbers[HEIGHT][LARGEST_ARRAY]) {
-    for (int r = 0; r < HEIGHT; ++r)
-        for (int b = 0; b < matrix.blocks; ++b) {
-            const uint8_t* codes = matrix.codes(tile, g) + b * 32 + ((r & 1) | (r >> 2) << 1) * 8;
-            const int book = matrix.selectors(tile, g)[b * 4 + (r & 3)] >> (r >> 2) * 4 & 15;
-            for (int j = 0; j < BLOCK; ++j) numbers[r][b * BLOCK + j] = books.pairs[book][codes[j] >> (r >> 1 & 1) * 4 & 15];
-        }
+    const Layout& layout = matrix.layout;
+    const uint8_t* array = matrix.array(tile, g);
+    for (int s = 0; s < layout.strips(); ++s) {
+        const uint8_t* selectors = array + layout.selectors_at() + s * layout.selector_bytes();
+        for (int r = 0; r < HEIGHT; ++r)
+            for (int j = 0; j < WIDTH; ++j) {
+                const int code = array[s * 32 + codes_at(r) + j] >> shift_of(r) & 15;
+                numbers[r][s * WIDTH + j] = books.pairs[layout.book(selectors, r, j / layout.block)][code];
+            }
+    }
 }
 
 inline float sum_codes(const int8_t* numbers, const int8_t* x, int count) {
@@ -150,7 +154,7 @@ void multiply(const Books& books, const Matrix& matrix, const Tokens& tokens, in
               const Target& target) {
     Totals totals = {};
     int8_t numbers[HEIGHT][LARGEST_ARRAY];
-    const int array = matrix.blocks * BLOCK;
+    const int array = matrix.layout.array;
     for (int64_t g = 0; g < matrix.arrays(); ++g) {
         look_up(books, matrix, tile, g, numbers);
         for (int64_t m = first; m < last; ++m)
