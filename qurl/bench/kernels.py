@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 
 from qurl.bench.memory import MemoryReader, product_bytes
 from qurl.bench.rollout_shapes import SHAPES, linear_layers
-from qurl.quantization import FORMATS, resolved_format, split_rotation
+from qurl.config.codebooks_file import resolved_codebooks
+from qurl.quantization import FORMATS, QuantizationFormat, resolved_format, split_rotation
+from qurl.quantization.lobcq import LoBcq
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,13 +79,14 @@ def run_kernel_bench(
 ) -> list[KernelRow]:
     """Rows for every matrix, number of tokens and format.
 
-    shapes: of models, see qurl.bench.rollout_shapes, or OUTPUTSxINPUTS. formats: with a rotation as lobcq@16. batch_sizes: numbers
-    of tokens. num_threads: default all cores. cache_bytes: of the last cache; default what the system says. Raises ValueError for
-    what does not exist and KernelsUnavailable where memory cannot be read fast."""
+    shapes: of models, see qurl.bench.rollout_shapes, or OUTPUTSxINPUTS. formats: LO-BCQ also with a file of codebooks, as
+    lobcq:FILE; with a rotation as lobcq@16. batch_sizes: numbers of tokens. num_threads: default all cores. cache_bytes: of the
+    last cache; default what the system says. Raises ValueError for what does not exist and KernelsUnavailable where memory cannot
+    be read fast."""
     import torch
 
     matrices = _matrices(shapes)
-    unknown = [name for name in formats if split_rotation(name)[0] not in FORMATS and name != ONEDNN]
+    unknown = [name for name in formats if split_rotation(name)[0].partition(":")[0] not in FORMATS and name != ONEDNN]
     if unknown or not formats:
         raise ValueError(f"format {unknown[0] if unknown else '(none)'!r} is unknown; use some of {', '.join([*FORMATS, ONEDNN])}")
     if not batch_sizes or min(*batch_sizes, num_rounds, products_per_round) < 1:
@@ -145,8 +148,7 @@ def _quantized(name: str, few: Tensor, outputs: int, spread: int) -> Contender:
     from qurl.vllm_plugin import compat
     from qurl.vllm_plugin.kernels import LayerShape, OneDnnInt8, rows_of, select_kernel
 
-    plain, rotation = split_rotation(name)
-    format = resolved_format("int8" if plain == ONEDNN else plain, rotation=rotation)
+    format = FORMATS["int8"] if name == ONEDNN else _format_named(name)
     rows = {key: _repeated(rows_of(format, key, tensor, len(few)), outputs) for key, tensor in format.encode(few).items()}
     shape = LayerShape(partitions=(outputs,), columns=few.shape[1], dtype=torch.bfloat16, device=torch.device("cpu"))
 
@@ -163,6 +165,15 @@ def _quantized(name: str, few: Tensor, outputs: int, spread: int) -> Contender:
     products = [product, *(next(source)[1] for _ in range(_num_copies(spread, num_bytes) - 1))]
     is_exact = kernel_name != OneDnnInt8.__name__ or compat.onednn_int8_is_exact()
     return Contender(kernel=kernel_name, products=products, num_bytes=num_bytes, is_exact=is_exact)
+
+
+def _format_named(name: str) -> QuantizationFormat:
+    plain, rotation = split_rotation(name)
+    plain, colon, file = plain.partition(":")
+    format = resolved_format(plain, codebooks=resolved_codebooks(file, "--formats") if colon else None, rotation=rotation)
+    if isinstance(format, LoBcq) and len(format.sets.layers) > 1:
+        raise ValueError(f"--formats {name} has codebooks for each layer, and matrices here are of none; use some for all layers")
+    return format
 
 
 def _num_copies(spread: int, num_bytes: int) -> int:

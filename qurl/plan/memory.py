@@ -18,7 +18,6 @@ from qurl.plan.model_facts import ModelFacts
 from qurl.quantization import resolved_format
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP
 from qurl.quantization.grouped import GroupedFormat
-from qurl.quantization.kernels.cpu.lobcq import has_kernel
 from qurl.quantization.lobcq import LoBcq
 from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
@@ -129,18 +128,16 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
         return wire_bytes(replace(config, quantization=replace(config.quantization, format="int8", precision=None)), model, targets)
     if isinstance(quantization, AxBxP) and not isinstance(quantization, PackedAxBxP):
         return on_wire + sum(map(math.prod, shapes))
-    if not holds_decoded(config, device):
+    if not holds_decoded(config):
         return on_wire
     return on_wire + math.ceil(sum(math.prod(shape) * (32.0 - quantization.bits_per_weight(shape)) / 8 for shape in shapes))
 
 
-def holds_decoded(config: TrainConfig, device: str) -> bool:
+def holds_decoded(config: TrainConfig) -> bool:
     """Whether the engine multiplies decoded float32 weights: formats of 4 bits that no kernel is written for. Not foreseen: LO-BCQ
     on a CPU without a compiler, where qurl doctor fails."""
     quantization = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks)
-    if isinstance(quantization, LoBcq) and (device != "cpu" or has_kernel(quantization)):
-        return False
-    return isinstance(quantization, GroupedFormat)
+    return isinstance(quantization, GroupedFormat) and not isinstance(quantization, LoBcq)
 
 
 def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, targets: frozenset[str]) -> LearnerMemory:

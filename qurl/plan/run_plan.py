@@ -209,7 +209,7 @@ def _warnings(
             f"quantization={config.quantization.format} needs compute capability 8.9, {machine.gpus[0].name} has "
             f"{'.'.join(map(str, machine.gpus[0].capability))}; use quantization=int8"
         )
-    if holds_decoded(config, placement.device):
+    if holds_decoded(config):
         name = config.quantization.format
         found.append(f"{name} is emulated: the numbers are exact, the speed and the engine's memory are those of float32")
     if engine.kv_pool is not None and engine.kv_all > engine.kv_pool:

@@ -126,11 +126,11 @@ def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> 
 
 def _grouped_kernel(format: GroupedFormat, shape: LayerShape) -> tuple[LinearKernel, str]:
     """And why it is not a better one, where that is for want of something."""
-    from qurl.vllm_plugin import lobcq
+    if isinstance(format, LoBcq) and shape.device.type == "cpu":
+        from qurl.vllm_plugin.lobcq import PackedLoBcq
 
-    if lobcq.is_for(format, shape):
         try:
-            return lobcq.PackedLoBcq(format, shape), ""
+            return PackedLoBcq(format, shape), ""
         except KernelsUnavailable as error:
             return Decoded(format, shape), f" ({error})"
     return Decoded(format, shape), ""

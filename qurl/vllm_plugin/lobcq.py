@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qurl.quantization.base import QuantizationFormat
-from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, has_kernel, kernel_of
+from qurl.quantization.kernels.cpu.lobcq import LoBcqKernel, kernel_of
 from qurl.quantization.lobcq import LoBcq
 from qurl.vllm_plugin.kernels import (
     LayerShape,
@@ -22,18 +22,12 @@ from qurl.vllm_plugin.kernels import (
 )
 
 
-def is_for(format: QuantizationFormat, shape: LayerShape) -> bool:
-    """Whether PackedLoBcq is written for such a layer."""
-    return has_kernel(format) and shape.device.type == "cpu"
-
-
 class PackedLoBcq(LinearKernel):
     """C++ loops over codes, books and E4M3 scales as they are on the wire, in tiles; for a fused layer in one pass.
 
     Raises KernelsUnavailable where this machine has none."""
 
-    def __init__(self, format: QuantizationFormat, shape: LayerShape) -> None:
-        assert isinstance(format, LoBcq)
+    def __init__(self, format: LoBcq, shape: LayerShape) -> None:
         self.format_key = register_format(format)
         self.shape = shape
         self.kernel = kernel_of(format)

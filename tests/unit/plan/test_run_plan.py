@@ -87,10 +87,9 @@ def test_the_codebooks_of_a_file_are_checked_and_their_bits_counted(needed: list
 
     own, package = plan(given(Layout(block=4, array=32, num_codebooks=8))), plan([*needed, "quantization=lobcq"])
     assert 1.0 < own.wire_bytes / package.wire_bytes < 5.0 / 4.625  # bits per weight; embeddings and norms have 32
-    quantized = sum(math.prod(shape) for name, shape in own.model.parameters.items() if name.endswith("_proj.weight"))
-    assert package.engine.weights == package.wire_bytes  # multiplied as it is, and blocks of 4 are decoded
-    assert 4 * quantized < own.engine.weights < own.wire_bytes + 4 * quantized
-    assert [any("lobcq is emulated" in warning for warning in planned.warnings) for planned in (own, package)] == [True, False]
+    for planned in (own, package):  # multiplied as they are on the wire
+        assert planned.engine.weights == planned.wire_bytes
+        assert not any("lobcq is emulated" in warning for warning in planned.warnings)
     with pytest.raises(ValueError, match="model.layers.*: quantization=lobcq needs a multiple of 128 input features, not 64"):
         plan(given(Layout(array=128)))
     with pytest.raises(ValueError, match="quantization.codebooks has codewords of 8 bits"):

@@ -1,14 +1,16 @@
 // The loops for AVX2 and F16C: the same bits as those in portable.h.
 //
-// A byte shuffle looks 16 codes of a book up. A register of 32 codes spans four blocks and two halves: two shuffles, each with a
-// book in either half, and a blend. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
+// A byte shuffle looks 16 codes of a book up. A register of 32 codes spans four blocks of 8 and two halves: two shuffles, each with
+// a book in either half, and a blend. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
 // (pmaddubsw) serves without splitting signs off: with activations' codewords of 6 bits the 16 products that a 16-bit sum gets from
 // an array of 64 stay within 16 * 63 * 31 < 2^15; with arrays of 128, codewords of 8 bits or digits 4 do, 4 * 63 * 128 < 2^15. 32
 // times the sum of the activations' codes comes off at the end. Weights of 8 bits trade signs (psignb) and are widened to 32 bits
 // after every two products, since 2 * 128 * 127 < 2^15.
 //
-// There are loops for arrays of 64 and blocks of 8, which the package's codebooks have, and loops for all others. Codewords of shorter
-// blocks are looked up before they are multiplied, however few tokens there are.
+// In blocks of 2 or 4 a register spans too many books for that: its codes are looked up in each book there is, and blends by the
+// selectors' bits choose. These codewords are looked up before they are multiplied, however few tokens there are.
+//
+// There are loops for arrays of 64 and blocks of 8, which the package's codebooks have, and loops for all others.
 #pragma once
 
 #if defined(__x86_64__)
@@ -226,7 +228,7 @@ AVX2_INLINE Halves choose(const __m256i* books, const Halves& codes, const Halve
 template <int BITS>
 AVX2 void look_up_bits(const uint8_t* pairs, const uint8_t* array, const Layout& layout, Halves* numbers) {
     const int strips = layout.strips(), blocks = layout.blocks();
-    const __m256i low_shifts = _mm256_setr_epi64x(7, 6, 3, 2), high_shifts = _mm256_setr_epi64x(5, 4, 1, 0);  // of rows' bits to signs
+    const __m256i low_shifts = _mm256_setr_epi64x(7, 6, 3, 2), high_shifts = _mm256_setr_epi64x(5, 4, 1, 0);  // of bits to signs
     __m256i books[1 << BITS], places[BITS + 1];  // places: bytes of a bit for the columns
     for (int i = 0; i < 1 << BITS; ++i) books[i] = pair(pairs, i * (ENTRIES + 1));
     places[0] = _mm256_set1_epi64x(layout.block == 4 ? 0x0101010100000000 : 0x0303020201010000);
@@ -244,10 +246,12 @@ AVX2 void look_up_bits(const uint8_t* pairs, const uint8_t* array, const Layout&
     }
 }
 
+constexpr decltype(&look_up_bits<0>) LOOK_UP_BITS[] = {look_up_bits<0>, look_up_bits<1>, look_up_bits<2>, look_up_bits<3>,
+                                                        look_up_bits<4>};
+
 AVX2_INLINE void look_up_array(const uint8_t* pairs, const uint8_t* array, const Layout& layout, Halves* numbers) {
-    constexpr decltype(&look_up_bits<0>) BY_BITS[] = {look_up_bits<0>, look_up_bits<1>, look_up_bits<2>, look_up_bits<3>, look_up_bits<4>};
     if (layout.has_bits()) {
-        BY_BITS[layout.selector_bits](pairs, array, layout, numbers);
+        LOOK_UP_BITS[layout.selector_bits](pairs, array, layout, numbers);
         return;
     }
     for (int s = 0; s < layout.strips(); ++s) numbers[s] = look_up(pairs, array + s * 32, array + layout.selectors_at() + s * 4);

@@ -111,8 +111,8 @@ AVX512_INLINE void look_up(const Entries& entries, const uint8_t* codes, const u
 }
 
 // The same where a book is for fewer columns: its number is put together bit by bit.
-AVX512_INLINE void look_up_bits(const Entries& entries, const Layout& layout, const uint8_t* codes, const uint8_t* selectors, __m512i& low,
-                                __m512i& high) {
+AVX512_INLINE void look_up_bits(const Entries& entries, const Layout& layout, const uint8_t* codes, const uint8_t* selectors,
+                                __m512i& low, __m512i& high) {
     constexpr int64_t EACH = 0x0101010101010101;
     const __m512i four_bits = _mm512_set1_epi8(15);
     const __m512i low_rows = _mm512_set_epi64(32 * EACH, 16 * EACH, 2 * EACH, EACH, 32 * EACH, 16 * EACH, 2 * EACH, EACH);

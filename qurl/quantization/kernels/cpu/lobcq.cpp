@@ -134,7 +134,9 @@ uint64_t qurl_read(const OpenMp* openmp, const void* data, int64_t bytes) {
 // entries: int8 [16, 16], where there are fewer books with copies of the last. Lives until the process ends.
 const Books* qurl_lobcq_books(const int8_t* entries, int largest) { return new Books(entries, largest); }
 
-int64_t qurl_lobcq_bytes(const Layout* layout, int64_t rows, int64_t columns) { return Matrix{*layout, nullptr, rows, columns}.bytes(); }
+int64_t qurl_lobcq_bytes(const Layout* layout, int64_t rows, int64_t columns) {
+    return Matrix{*layout, nullptr, rows, columns}.bytes();
+}
 
 // selectors: uint8 [rows, columns / L_b / 2], two in a byte.
 void qurl_lobcq_pack(const Layout* layout, int64_t rows, int64_t columns, uint8_t* packed, const uint8_t* codes,
@@ -143,8 +145,8 @@ void qurl_lobcq_pack(const Layout* layout, int64_t rows, int64_t columns, uint8_
     for (int64_t tile = 0; tile < matrix.tiles(); ++tile) pack_tile(matrix, tile, packed, codes, selectors, scales, global_scales);
 }
 
-void qurl_lobcq_unpack(const Layout* layout, int64_t rows, int64_t columns, const uint8_t* packed, uint8_t* codes, uint8_t* selectors,
-                       uint8_t* scales, float* global_scales) {
+void qurl_lobcq_unpack(const Layout* layout, int64_t rows, int64_t columns, const uint8_t* packed, uint8_t* codes,
+                       uint8_t* selectors, uint8_t* scales, float* global_scales) {
     const Matrix matrix{*layout, packed, rows, columns};
     for (int64_t tile = 0; tile < matrix.tiles(); ++tile) unpack_tile(matrix, tile, codes, selectors, scales, global_scales);
 }

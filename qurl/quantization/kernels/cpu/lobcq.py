@@ -1,12 +1,13 @@
 """LO-BCQ linear layers on the CPU, with weights that stay packed: 37 bytes per 64 of them in the package's layout.
 
-Blocks have 8 inputs; arrays of 16 to 128, up to 16 books and codewords of 6 or 8 bits are all taken, and a block's book takes 4
-bits in memory however few there are. `tiles.h` says how weights lie in memory, `portable.h` which sums are exact and in what order
-the others are taken, so that every set of instructions gives the same bits and a token's result does not depend on its neighbors.
-With `quantize_activations` of the format the activations' codewords agree bit for bit; results differ from its `linear` by the
-rounding of float32 sums. W4A16 has no codewords: its activations become whole numbers of 23 bits with a scale for each array, which
-loses less than 2^-22 of the array's largest number, so that its products are sums of integers as well. A
-rotation of the format turns a token's float32 numbers before either, with the bits of `rotate`.
+Every layout is taken. A block's book takes the bits in memory that it has on the wire, but 4 where blocks have 8 inputs. Blocks of
+2 and 4 inputs cost instructions that grow with the number of books, since codes are looked up in all of them. `tiles.h` says how
+weights lie in memory, `portable.h` which sums are exact and in what order the others are taken, so that every set of instructions
+gives the same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format the
+activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no codewords:
+its activations become whole numbers of 23 bits with a scale for each array, which loses less than 2^-22 of the array's largest
+number, so that its products are sums of integers as well. A rotation of the format turns a token's float32 numbers before either,
+with the bits of `rotate`.
 
 Sets of instructions: AVX-512 with VBMI and VNNI, AVX2, and portable C++ for all others. Tests run the AVX-512 loops by an emulation
 where the processor has no such instructions; speed not measured: AVX-512.
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.kernels.cpu.library import Library, load
 from qurl.quantization.lobcq import Codebooks, LoBcq
 from qurl.quantization.packing import pack_bits, unpack_bits
@@ -38,16 +38,10 @@ class _Layout(Structure):
     _fields_ = [("array", c_int), ("block", c_int), ("selector_bits", c_int)]
 
 
-def has_kernel(format: QuantizationFormat) -> bool:
-    """Whether the loops are written for this format; whether they can run here is another question, see library.load."""
-    return isinstance(format, LoBcq)
-
-
 class LoBcqKernel:
     """The functions for one format."""
 
     def __init__(self, format: LoBcq, library: Library) -> None:
-        assert has_kernel(format)
         self._library = _typed(library)  # which owns what `_how` points to
         self._functions = library.functions
         self._keeps_activations = format.keeps_activations

@@ -8,9 +8,9 @@
 //              Of shorter blocks, bit by bit: byte k of the 8 / L_b bytes for one bit of a strip's selectors, the lowest first, has
 //              that of row r's block k as bit r.
 //   scales     8 bytes, E4M3 of rows 0 to 7
-// That is what is on the wire but for blocks of 8 with fewer than 16 books, 37 bytes per 64 weights in arrays of 64 with 16, and all
-// of it is read from the first byte to the last. After all tiles comes a double for each row: the reciprocal of the float32 scale
-// of its matrix. Rows beyond the last are zeros.
+// That is what is on the wire but for blocks of 8 with fewer than 16 books: 37 bytes per 64 weights with 16, in arrays of 64. It is
+// read from the first byte to the last. After all tiles comes a double for each row: the reciprocal of the float32 scale of its
+// matrix. Rows beyond the last are zeros.
 //
 // The order of rows is such that a table lookup in each half of a 32-byte register serves two books, and that adding neighbors
 // of two sums of products leaves rows 0 to 7 in order.
@@ -44,20 +44,19 @@ struct Layout {
     constexpr int scales_at() const { return selectors_at() + strips() * selector_bytes(); }
     constexpr int array_bytes() const { return scales_at() + HEIGHT; }
 
-    // The book of a block of row r, given the selectors of its strip.
-    int book(const uint8_t* selectors, int r, int block_of_row) const {
+    // The book of block k of row r, given the selectors of its strip.
+    int book(const uint8_t* selectors, int r, int k) const {
         if (!has_bits()) return selectors[r & 3] >> (r >> 2) * 4 & 15;
         int book = 0;
-        for (int bit = 0; bit < selector_bits; ++bit) book |= (selectors[bit * blocks() + block_of_row] >> r & 1) << bit;
+        for (int bit = 0; bit < selector_bits; ++bit) book |= (selectors[bit * blocks() + k] >> r & 1) << bit;
         return book;
     }
 
-    // Where the bits of all books are zeros.
-    void set_book(uint8_t* selectors, int r, int block_of_row, int book) const {
+    // The selectors were zeros.
+    void set_book(uint8_t* selectors, int r, int k, int book) const {
         if (!has_bits()) selectors[r & 3] |= static_cast<uint8_t>(book << (r >> 2) * 4);
-        else
-            for (int bit = 0; bit < selector_bits; ++bit)
-                selectors[bit * blocks() + block_of_row] |= static_cast<uint8_t>((book >> bit & 1) << r);
+        for (int bit = 0; has_bits() && bit < selector_bits; ++bit)
+            selectors[bit * blocks() + k] |= static_cast<uint8_t>((book >> bit & 1) << r);
     }
 };
 
