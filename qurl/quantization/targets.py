@@ -28,6 +28,11 @@ def select_targets(linear_names: Sequence[str], ignore: Sequence[str]) -> frozen
             )
         ignored |= matches
     targets = frozenset(linear_names) - ignored
+    if not targets and not ignore:
+        raise ValueError(
+            f"the model has no linear layers (torch.nn.Linear) but {OUTPUT_HEAD}, and only those can be quantized; "
+            "use quantization.format=none"
+        )
     if not targets:
         raise ValueError(
             f"quantization.ignore={list(ignore)} leaves none of the model's {len(linear_names)} linear layers to quantize; "

@@ -46,5 +46,5 @@ def test_a_broken_regex_and_a_list_that_leaves_nothing_raise():
         select_targets(NAMES, ["re:("])
     with pytest.raises(ValueError, match="leaves none"):
         select_targets(NAMES, ["re:.*"])
-    with pytest.raises(ValueError, match="leaves none"):
-        select_targets([], [])
+    with pytest.raises(ValueError, match="the model has no linear layers .* but lm_head"):
+        select_targets(["lm_head"], [])
