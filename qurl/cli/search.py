@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MAX_LOSS, NUM_CALIBRATION, NUM_CONFIRMATION = 0.01, 16, 16
 WIDTH = 160
 
-EPILOG = """The search runs on the first documents of the text; the next decide how many of its steps stand; the others make the
+EPILOG = """The search runs on the first documents of the text; the next decide which of what it found stands; the others make the
 table, and have no say. Other commands take OUT/precision.yaml as it is. The same command goes on where an earlier one was killed;
 with more --max-documents the table grows more exact.
 
@@ -74,8 +74,8 @@ def main(args: argparse.Namespace) -> int:
     print(f"searched on {args.num_calibration} documents, {report.num_measured} precisions; confirmed on {args.num_confirmation}; "
           f"below, {num_test} others")  # fmt: skip
     _print(report)
-    print(f"{args.out / PRECISION}: {report.network}, then {report.num_steps} steps; {report.num_refused_steps} more met the bound "
-          "in the search and not in the confirmation")  # fmt: skip
+    print(f"{args.out / PRECISION}: {report.network}, then {report.rung} cheaper ones, layer by layer; "
+          f"{report.num_rungs - report.rung} more met the bound in the search and not in the confirmation")  # fmt: skip
     return 0
 
 

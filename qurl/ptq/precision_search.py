@@ -2,8 +2,8 @@
 
     calibration documents   the search. What must not grow is the divergence from full precision: on text that the model itself
                             would write, the logarithm of the factor that perplexity grows by, without the noise of losses
-    confirmation documents  whether the network's setting stands, or the next dearer one takes its place; and how many of the steps
-                            do: as many of the first as keep perplexity a standard error within the bound
+    confirmation documents  whether the network's setting stands, or the next dearer one takes its place; and which of the cheaper
+                            precisions does: the cheapest that keeps perplexity a standard error within the bound
     test documents          a table of all candidates and of what was found; they have no say in it
 
 Matrices that an engine runs as one have one setting. All that is measured is kept in a folder, so that a killed search goes on:
@@ -11,7 +11,7 @@ Matrices that an engine runs as one have one setting. All that is measured is ke
     settings.json           what was asked for
     search.jsonl            divergence on the calibration documents, by precision
     confirmation/, test/    losses of these documents, a file for each precision
-    search.json             the rows, the settings, the steps
+    search.json             the rows, the settings
     precision.yaml          pattern -> setting; written last"""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from qurl.ptq.statistics import Estimate, divergence, perplexity, ratio
 from qurl.ptq.switched import SwitchedModel
 from qurl.quantization.axbxp import Precision, parse
 from qurl.quantization.axbxp.cost import Cost, network_cost
-from qurl.quantization.axbxp.search import Found, cheaper, describe, engine_matrices, search
+from qurl.quantization.axbxp.search import Layers, Loss, cheapest, describe, engine_matrices, ladder, last_within
 from qurl.quantization.source import checked_targets, source_of_folder
 
 INT8 = "k2-w4-a4"
@@ -88,10 +88,10 @@ class SearchReport:
 
     network: str  # the single setting that the search began with
     settings: dict[str, str]  # pattern -> setting
-    num_steps: int  # taken from `network`; confirmed
-    num_refused_steps: int  # that met the bound on the calibration documents alone
-    calibration_divergence: float  # nats per token, after the confirmed steps
-    confirmation_increase: float  # of perplexity, relative, after the confirmed steps
+    rung: int  # that was confirmed: so far down the ladder from `network`
+    num_rungs: int  # below `network` that meet the bound on the calibration documents
+    calibration_divergence: float  # nats per token
+    confirmation_increase: float  # of perplexity, relative
     num_measured: int  # precisions, on the calibration documents, in this run or one before
     rows: list[SearchRow]  # the candidates by products, dearest first; then FOUND
 
@@ -118,6 +118,9 @@ def search_precision(
         progress("precisions, calibration", len(journal), None)
         return divergence([loss for documents in similar for loss in switched.losses(_settings(layers), documents)]).value
 
+    def loss(layers: Mapping[str, Precision]) -> float:
+        return journal.get(describe(layers), lambda: measure(layers))
+
     def losses(part: str, documents: list[Any], name: str, precision: str | Mapping[str, str] | None) -> list[DocumentLoss]:
         what = f"{part} documents, {name}"
         progress(what, 0, len(documents))
@@ -127,8 +130,9 @@ def search_precision(
         return journaled_losses(path, asked, documents, lambda skip: shown(skip, switched.losses(precision, documents[skip:])))
 
     grown = _growth(partial(losses, "confirmation", confirmation))
-    found = _search(matrices, measure, settings, journal, grown)
-    layers, num_steps, confirmed = _confirmed(found, matrices, settings.max_loss, grown)
+    network, rungs = _search(matrices, loss, settings, grown)
+    rung, confirmed = _confirmed(rungs, network, settings.max_loss, grown)
+    layers = rungs[rung]
     measured = {candidate: dict.fromkeys(matrices, parse(candidate)) for candidate in settings.candidates} | {FOUND: layers}
     baseline = losses("test", test, "none", None)
     rows = [
@@ -137,8 +141,7 @@ def search_precision(
     ]
     rows.sort(key=lambda row: (row.precision == FOUND, -row.products))
     report = SearchReport(
-        network=str(found.network), settings={name: str(each) for name, each in layers.items()}, num_steps=num_steps,
-        num_refused_steps=len(found.steps) - num_steps, calibration_divergence=journal[describe(layers)],
+        network=str(network), settings=_settings(layers), rung=rung, num_rungs=len(rungs) - 1, calibration_divergence=loss(layers),
         confirmation_increase=confirmed, num_measured=len(journal), rows=rows,
     )  # fmt: skip
     _write(out, settings, report)
@@ -194,32 +197,26 @@ def _begin(model: Path, out: Path, settings: SearchSettings, documents: Mapping[
     return question
 
 
-def _search(
-    matrices: Mapping[str, float], measure: Callable[[Mapping[str, Precision]], float], settings: SearchSettings,
-    journal: MutableMapping[str, float], grown: Growth,
-) -> Found:  # fmt: skip
-    """On the calibration documents, from the cheapest candidate that meets the bound there and on those of the confirmation. Raises
-    ValueError where INT8 itself or every candidate is above it."""
+def _search(matrices: Mapping[str, float], loss: Loss, settings: SearchSettings, grown: Growth) -> tuple[Precision, list[Layers]]:
+    """The cheapest candidate that meets the bound on the documents of the calibration and of the confirmation, and the ladder from
+    it. Raises ValueError where INT8 itself or every candidate is above the bound."""
     bound = math.log1p(settings.max_loss)
-    whole = dict.fromkeys(matrices, parse(INT8))
-    if INT8 not in journal:
-        journal[INT8] = measure(whole)
-    if not journal[INT8] <= bound:
+    if not (whole := loss(dict.fromkeys(matrices, parse(INT8)))) <= bound:
         raise ValueError(
-            f"--max-loss {settings.max_loss:g}: INT8 with all blocks, {INT8}, is {math.expm1(journal[INT8]):.2g} by divergence "
+            f"--max-loss {settings.max_loss:g}: INT8 with all blocks, {INT8}, is {math.expm1(whole):.2g} by divergence "
             "from full precision, so nothing cheaper meets it; give a larger one, or --ignore the layers that suffer"
         )
     candidates = [parse(candidate) for candidate in settings.candidates]
     refused = ""
     while candidates:
         try:
-            network = search(matrices, measure, bound, candidates, steps=lambda precision: (), journal=journal).network
+            network = cheapest(candidates, matrices, loss, bound)
         except ValueError as error:
             told = f"--max-loss {settings.max_loss:g}, {bound:.4g} nats: {refused}{error}; add {INT8} to --candidates"
             raise ValueError(told) from error
         found = grown(str(network), dict.fromkeys(matrices, network))
         if _meets(found, settings.max_loss):
-            return search(matrices, measure, bound, [network], steps=_steps, journal=journal)
+            return network, ladder(matrices, loss, bound, network)
         candidates.remove(network)
         refused = f"{network} has {found.value - 1:.2g} +- {found.standard_error:.2g} on the confirmation documents, and "
     raise ValueError(
@@ -228,43 +225,24 @@ def _search(
     )
 
 
-def _steps(precision: Precision) -> list[Precision]:
-    """One block less of one operand, or one block alone of both: where a layer hardly matters, that saves rounds of the search."""
-    found = cheaper(precision)
-    lowest = precision
-    while less := cheaper(lowest):
-        lowest = less[0]
-    return found if lowest in (precision, *found) else [*found, lowest]
-
-
 def _growth(losses: Callable[[str, Any], list[DocumentLoss]]) -> Growth:
     """losses: of documents, by a name and a quantization.precision."""
     return lambda name, layers: ratio(perplexity(losses(name, _settings(layers))), perplexity(losses("none", None)))
 
 
-def _confirmed(
-    found: Found, matrices: Mapping[str, float], max_loss: float, grown: Growth
-) -> tuple[dict[str, Precision], int, float]:
-    """(precisions, number of steps, relative increase in perplexity) after all steps, or after so many of the first that the bound
-    is met and after one more is not, by bisection: a handful of precisions are measured. The network's own setting meets it."""
+def _confirmed(rungs: Sequence[Layers], network: Precision, max_loss: float, grown: Growth) -> tuple[int, float]:
+    """(number, relative increase in perplexity) of the last rung that meets the bound, as `network`, the first, does. A handful are
+    measured."""
 
-    def after(count: int) -> dict[str, Precision]:
-        return dict.fromkeys(matrices, found.network) | {step.layer: step.precision for step in found.steps[:count]}
+    def growth(rung: int) -> Estimate:
+        return grown(f"{network}_rung_{rung}" if rung else str(network), rungs[rung])
 
-    def growth(count: int) -> Estimate:
-        return grown(f"{found.network}_{count}_steps" if count else str(found.network), after(count))
-
-    confirmed, beyond = 0, len(found.steps)
-    if _meets(growth(beyond), max_loss):
-        confirmed = beyond
-    while beyond - confirmed > 1:
-        middle = (confirmed + beyond) // 2
-        confirmed, beyond = (middle, beyond) if _meets(growth(middle), max_loss) else (confirmed, middle)
-    return after(confirmed), confirmed, growth(confirmed).value - 1
+    confirmed = last_within(lambda rung: _meets(growth(rung), max_loss), len(rungs) - 1)
+    return confirmed, growth(confirmed).value - 1
 
 
 def _meets(growth: Estimate, max_loss: float) -> bool:
-    """By a standard error, since the first steps that seem to are chosen, and chance is on the side of what is chosen."""
+    """By a standard error, since what seems to is chosen, and chance is on the side of what is chosen."""
     return growth.value - 1 + growth.standard_error <= max_loss
 
 
@@ -300,8 +278,8 @@ def _shown(progress: Progress, what: str, total: int, done: int, losses: Iterato
         progress(what, count, total)
 
 
-class _Journal(MutableMapping[str, float]):
-    """A dictionary on disk, a line an entry; half a line, of a process that was killed, is cut off."""
+class _Journal:
+    """Numbers on disk, a line each; half a line, of a process that was killed, is cut off."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -309,19 +287,14 @@ class _Journal(MutableMapping[str, float]):
         self.entries: dict[str, float] = dict(json.loads(line) for line in lines)
         path.write_text("".join(f"{line}\n" for line in lines))
 
-    def __getitem__(self, key: str) -> float:
+    def get(self, key: str, measure: Callable[[], float]) -> float:
+        """What is there, or else is measured now."""
+        if key not in self.entries:
+            value = measure()
+            with self.path.open("a") as file:
+                file.write(json.dumps([key, value]) + "\n")
+            self.entries[key] = value
         return self.entries[key]
-
-    def __setitem__(self, key: str, value: float) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps([key, value]) + "\n")
-        self.entries[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        raise TypeError("what was measured stays")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
 
     def __len__(self) -> int:
         return len(self.entries)

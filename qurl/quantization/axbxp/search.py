@@ -1,177 +1,156 @@
 """The cheapest precision whose loss stays within a bound: one for the network, then for each layer and operand.
 
     num_weights = engine_matrices({name: weight.numel() for name, weight in linears.items()})
-    found = search(num_weights, loss, bound, candidates)
-    quantization.precision = found.settings                     # pattern -> setting
+    network = cheapest(candidates, num_weights, loss, bound)
+    rungs = ladder(num_weights, loss, bound, network)         # from `network` everywhere down to the cheapest, layer by layer
 
-`loss` is whatever must not grow too much, measured on the whole network: perplexity, KL to full precision. It is called with the
-precision of every layer and is all that takes time; what it said is kept in `journal`, so that a search with the same journal goes
-on where another ended.
+`loss` is whatever must not grow too much, measured on the whole network, such as the divergence from full precision. It is called
+with the precision of every layer and is all that takes time.
 
     network      candidates from the cheapest on, all layers alike, until one meets the bound
-    refinement   one operand of one layer gives up a block; of all such steps those that save most for the loss they add come first,
-                 and each is kept where the loss of all together stays within the bound; round after round until none is
+    refinement   rounding errors of different operands are independent, so what they add to the loss adds up. Each operand of each
+                 layer is therefore measured alone, where no other noise drowns it: with one block less than the network has, and
+                 all else whole. With more or fewer blocks it adds a fourth or four times as much for each bit, as the power of
+                 rounding errors does. By these estimates a layer has a best precision for every price of the loss, whatever other
+                 layers have, and what all have together as the price rises is a ladder. An estimate of fewer blocks that is used
+                 at its end is replaced by a measurement, until none is left; how far down the bound is met, is measured too
 
-The paper searches in this order; how it steps is not known to us. It trains again, which is left out here."""
+The paper searches in this order; how it refines is not known to us. It trains again, which is left out here."""
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
-from qurl.quantization.axbxp.cost import Cost, cost, network_cost
+from qurl.quantization.axbxp.cost import cost
 from qurl.quantization.axbxp.precision import Kept, Precision
 from qurl.quantization.targets import engine_pattern
 
+GROUPS = (16, 1)
+"""Weights and activations that share a choice of blocks, where the network keeps all of them and so has made none."""
+
+Layers = dict[str, Precision]
 Loss = Callable[[Mapping[str, Precision]], float]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """A layer's precision that was taken, and what holds for the network from there on."""
-
-    layer: str
-    precision: Precision
-    loss: float
-    cost: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """The end of a search. Costs never rise along the steps; no loss is above the bound."""
-
-    network: Precision  # the best single one
-    network_loss: float
-    network_cost: float
-    layers: dict[str, Precision]
-    loss: float
-    cost: float
-    steps: list[Step]
-    num_evaluations: int  # of the loss, those of an earlier search not among them
-
-    @property
-    def settings(self) -> dict[str, str]:
-        """As quantization.precision takes them, where the layers were named by patterns."""
-        return {name: str(precision) for name, precision in self.layers.items()}
-
-
-def products(cost: Cost) -> float:
-    """What a search makes small if it is told nothing else."""
-    return cost.products
-
-
-def cheaper(precision: Precision, weight_group: int = 16, activation_group: int = 1) -> list[Precision]:
-    """The precisions with one block less of one operand. Where it had all, which ones it keeps is chosen by groups of this size."""
-    found = []
-    if precision.weight.blocks > 1:
-        weight = _one_less(precision.weight, precision.num_blocks, weight_group)
-        found.append(replace(precision, weight=weight, drops_low_product=False))
-    if precision.activation.blocks > 1:
-        activation = _one_less(precision.activation, precision.num_blocks, activation_group)
-        found.append(replace(precision, activation=activation, drops_low_product=False))
-    return found
-
-
-def _one_less(kept: Kept, count: int, group: int) -> Kept:
-    return Kept(kept.blocks - 1, group if kept.blocks == count else kept.group)
-
-
-def search(
-    num_weights: Mapping[str, float],
-    loss: Loss,
-    bound: float,
-    candidates: Sequence[Precision],
-    *,
-    objective: Callable[[Cost], float] = products,
-    steps: Callable[[Precision], Iterable[Precision]] = cheaper,
-    journal: MutableMapping[str, float] | None = None,
-) -> Found:
-    """Precisions of layers with so many weights, the names of which are the caller's.
-
-    bound: the largest loss that is accepted; a loss of NaN never is. candidates: for the network. objective: what of a cost is made
-    small. steps: what a layer may become next. journal: description of precisions -> loss. Raises ValueError without layers or
-    candidates, and where no candidate meets the bound."""
-    if not num_weights or not candidates:
-        raise ValueError(f"a search needs layers and candidates; got {len(num_weights)} and {len(candidates)}")
-    run = _Run(num_weights, loss, objective, {} if journal is None else journal)
-    network = _cheapest(run, bound, candidates)
-    layers = dict.fromkeys(num_weights, network)
-    network_loss, price = run.loss(layers), run.cost(layers)
-    taken: list[Step] = []
-    refused: set[tuple[str, Precision]] = set()
-    while True:
-        found = _round(run, layers, bound, steps, refused)
-        if not found:
-            break
-        taken += found
-        layers |= {step.layer: step.precision for step in found}
-    return Found(
-        network=network, network_loss=network_loss, network_cost=price, layers=layers, loss=run.loss(layers),
-        cost=run.cost(layers), steps=taken, num_evaluations=run.num_evaluations,
-    )  # fmt: skip
-
-
-@dataclass(slots=True)
-class _Run:
-    num_weights: Mapping[str, float]
-    measure: Loss
-    objective: Callable[[Cost], float]
-    journal: MutableMapping[str, float]
-    num_evaluations: int = 0
-
-    def loss(self, layers: Mapping[str, Precision]) -> float:
-        key = describe(layers)
-        if key not in self.journal:
-            self.journal[key] = float(self.measure(dict(layers)))
-            self.num_evaluations += 1
-        return self.journal[key]
-
-    def cost(self, layers: Mapping[str, Precision]) -> float:
-        return self.objective(network_cost(layers, self.num_weights))
-
-
-def _cheapest(run: _Run, bound: float, candidates: Sequence[Precision]) -> Precision:
+def cheapest(candidates: Sequence[Precision], layers: Iterable[str], loss: Loss, bound: float) -> Precision:
+    """The one with fewest products that meets the bound where all layers have it; NaN never does. ValueError where none does."""
     losses = {}
-    for precision in sorted(candidates, key=lambda each: run.objective(cost(each))):
-        losses[precision] = run.loss(dict.fromkeys(run.num_weights, precision))
+    for precision in sorted(candidates, key=lambda each: cost(each).products):
+        losses[precision] = loss(dict.fromkeys(layers, precision))
         if losses[precision] <= bound:
             return precision
     best = min(losses, key=lambda each: (math.isnan(losses[each]), losses[each]))
     raise ValueError(f"none of {len(losses)} precisions meets bound={bound:g}; the best, {best}, has {losses[best]:g}")
 
 
-def _round(
-    run: _Run, start: Mapping[str, Precision], bound: float, steps: Callable[[Precision], Iterable[Precision]],
-    refused: set[tuple[str, Precision]],
-) -> list[Step]:
-    """The steps that are taken from `start`, at most one of each layer; notes those that are not."""
-    base_loss, base_cost = run.loss(start), run.cost(start)
-    ranked = []
-    for layer in start:
-        for precision in steps(start[layer]):
-            changed = {**start, layer: precision}
-            saved = base_cost - run.cost(changed)
-            if saved <= 0 or (layer, precision) in refused:
-                continue
-            changed_loss = run.loss(changed)
-            if not changed_loss <= bound:
-                refused.add((layer, precision))
-                continue
-            added = changed_loss - base_loss
-            ranked.append((math.inf if added <= 0 else saved / added, saved, layer, precision))
-    layers, taken = dict(start), []
-    for _, _, layer, precision in sorted(ranked, key=lambda move: (-move[0], -move[1], move[2], str(move[3]))):
-        if layers[layer] != start[layer]:
-            continue
-        changed = {**layers, layer: precision}
-        if not run.loss(changed) <= bound:
-            refused.add((layer, precision))
-            continue
-        layers = changed
-        taken.append(Step(layer=layer, precision=precision, loss=run.loss(layers), cost=run.cost(layers)))
-    return taken
+def ladder(num_weights: Mapping[str, float], loss: Loss, bound: float, network: Precision) -> list[Layers]:
+    """`network` everywhere, then precisions each cheaper than the one before, of its blocks and digits; the last meets the bound.
+
+    num_weights: of the layers, the names of which are the caller's. bound: the largest loss that is accepted; NaN never is.
+    network: meets it."""
+    alone = _Alone(num_weights, loss, network)
+    rungs = _rungs(alone, bound)
+    while guessed := alone.guessed(rungs[-1]):
+        for operand in guessed:
+            alone.measure(*operand)
+        rungs = _rungs(alone, bound)
+    return rungs[: 1 + last_within(lambda index: loss(rungs[index]) <= bound, len(rungs) - 1)]
+
+
+def last_within(is_within: Callable[[int], bool], last: int) -> int:
+    """The highest of 0 to `last` that is within, by bisection from the end; 0 is, and is not asked about."""
+    within, beyond, asked = 0, last + 1, last
+    while beyond - within > 1:
+        within, beyond = (asked, beyond) if is_within(asked) else (within, asked)
+        asked = (within + beyond) // 2
+    return within
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Option:
+    """A precision of a layer."""
+
+    layer: str
+    precision: Precision
+    products: float  # share of the network's, relative to INT8
+    added: float  # to the loss; an estimate
+    price: float = 0.0  # of a step to it: loss over products saved
+
+
+class _Alone:
+    """What weights (0) or activations (1) of a layer add to the loss with fewer blocks, while all else keeps all."""
+
+    def __init__(self, num_weights: Mapping[str, float], loss: Loss, network: Precision) -> None:
+        self.num_weights, self.total = num_weights, sum(num_weights.values())
+        self.loss, self.network, self.all = loss, network, network.num_blocks
+        self.whole = dict.fromkeys(num_weights, self._precision([self.all, self.all]))
+        self.whole_loss = loss(self.whole)
+        self.added: dict[tuple[str, int], dict[int, float]] = {}  # by operand and blocks: measured
+        for name in num_weights:
+            for index, kept in enumerate((network.weight, network.activation)):
+                self.added[name, index] = {}
+                self.measure(name, index, max(1, kept.blocks - 1))
+
+    def measure(self, name: str, index: int, blocks: int) -> None:
+        both = [self.all, self.all]
+        both[index] = blocks
+        added = self.loss(self.whole | {name: self._precision(both)}) - self.whole_loss
+        self.added[name, index][blocks] = math.inf if math.isnan(added) else added
+
+    def guessed(self, layers: Layers) -> list[tuple[str, int, int]]:
+        """(layer, operand, blocks) where these are fewer than were measured. With more, what an estimate is off by is small too."""
+        chosen = [
+            (name, index, kept.blocks)
+            for name, precision in layers.items() for index, kept in enumerate((precision.weight, precision.activation))
+        ]  # fmt: skip
+        return [(name, index, blocks) for name, index, blocks in chosen if blocks < min(self.added[name, index])]
+
+    def steps(self, name: str) -> Iterator[_Option]:
+        """From all blocks on, each time what adds least for what it saves: the corners of a convex hull, so that prices rise."""
+        options = [self.option(name, blocks) for blocks in product(range(1, self.all + 1), repeat=2)]
+        here = options.pop()
+        while options := [each for each in options if each.products < here.products and each.added < math.inf]:
+            priced = [replace(each, price=(each.added - here.added) / (here.products - each.products)) for each in options]
+            here = min(priced, key=lambda each: (each.price, each.products))
+            yield here
+
+    def option(self, name: str, blocks: Sequence[int]) -> _Option:
+        precision = self._precision(blocks)
+        return _Option(
+            layer=name, precision=precision, products=cost(precision).products * self.num_weights[name] / self.total,
+            added=sum(self._estimate(name, index, count) for index, count in enumerate(blocks)),
+        )  # fmt: skip
+
+    def _estimate(self, name: str, index: int, blocks: int) -> float:
+        known = self.added[name, index]
+        nearest = min(known, key=lambda count: abs(count - blocks))
+        return 0.0 if blocks == self.all else known[nearest] * 4.0 ** (self.network.block_bits * (nearest - blocks))
+
+    def _precision(self, blocks: Sequence[int]) -> Precision:
+        """The network's, with so many blocks of weights and of activations."""
+        weight, activation = (
+            Kept(count, None if count == self.all else group if own.blocks == self.all else own.group)
+            for count, own, group in zip(blocks, (self.network.weight, self.network.activation), GROUPS, strict=True)
+        )
+        return replace(self.network, weight=weight, activation=activation, drops_low_product=False)
+
+
+def _rungs(alone: _Alone, bound: float) -> list[Layers]:
+    """The network's precision, then what is cheaper and within the bound by the estimates."""
+    rungs = [dict.fromkeys(alone.num_weights, alone.network)]
+    chosen = {name: alone.option(name, [alone.all, alone.all]) for name in alone.num_weights}
+    for option in heapq.merge(*map(alone.steps, alone.num_weights), key=lambda each: each.price):
+        chosen[option.layer] = option
+        if not alone.whole_loss + sum(each.added for each in chosen.values()) <= bound:
+            break
+        if sum(each.products for each in chosen.values()) < cost(alone.network).products:
+            rungs.append({name: each.precision for name, each in chosen.items()})
+    return rungs
 
 
 def describe(layers: Mapping[str, Precision]) -> str:

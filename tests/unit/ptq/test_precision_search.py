@@ -16,7 +16,6 @@ from qurl.ptq.precision_search import INT8, SearchSettings, _confirmed, _growth,
 from qurl.ptq.switched import SwitchedModel
 from qurl.quantization import FORMATS, with_precision
 from qurl.quantization.axbxp import parse
-from qurl.quantization.axbxp.search import Found, Step
 
 CANDIDATES = ("k4-w2-a2", "k4-w1-a2", "k2-w2g16-a3g1")
 TEXT = ["--text", "text.jsonl", "--max-documents", "9"]
@@ -133,43 +132,43 @@ def test_a_search_that_was_stopped_goes_on_and_finds_the_same(workspace, found):
     assert seen.count("precisions, calibration") == count  # nothing is measured again
 
 
-def test_as_many_steps_stand_as_the_confirmation_bears():
-    start = parse("k2-w4-a4")
-    steps = [Step(layer=f"l{i}", precision=parse("k2-w3g16-a4"), loss=0.0, cost=0.0) for i in range(40)]
-    matrices = dict.fromkeys((step.layer for step in steps), 1.0)
-    found = Found(network=start, network_loss=0.0, network_cost=0.0, layers={}, loss=0.0, cost=0.0, steps=steps, num_evaluations=0)
+def rungs_of(start, less, count):
+    """All layers `start`, then one more of them `less` each time."""
+    names = [f"l{i}" for i in range(count)]
+    return [dict.fromkeys(names, start) | dict.fromkeys(names[:changed], less) for changed in range(count + 1)]
+
+
+def test_the_ladder_is_gone_down_as_far_as_the_confirmation_bears():
+    start, less = parse("k2-w4-a4"), parse("k2-w3g16-a4")
+    rungs = rungs_of(start, less, 40)
     measured = []
 
-    def losses(name, precision):  # each step costs 0.4 %
+    def losses(name, precision):  # each rung costs 0.4 %
         measured.append(name)
-        changed = sum(setting != str(start) for setting in (precision or {}).values())
+        changed = sum(setting == str(less) for setting in (precision or {}).values())
         return [DocumentLoss(loss=100.0 + 50 * math.log1p(0.004 * changed), num_tokens=50, divergence=0.0)] * 2
 
     def confirm(bound):
         measured.clear()
-        return _confirmed(found, matrices, bound, _growth(losses))
+        return _confirmed(rungs, start, bound, _growth(losses))
 
-    assert confirm(0.17)[1] == 40 and set(measured) == {"none", "k2-w4-a4_40_steps"}
+    assert confirm(0.17)[0] == 40 and set(measured) == {"none", "k2-w4-a4_rung_40"}
     for count in range(40):
-        layers, num_steps, increase = confirm(0.004 * count + 0.002)
-        assert num_steps == count and increase == pytest.approx(0.004 * count)
+        rung, increase = confirm(0.004 * count + 0.002)
+        assert rung == count and increase == pytest.approx(0.004 * count)
         assert len(set(measured)) <= 2 + 1 + math.ceil(math.log2(40))
-        settings = [str(layers[step.layer]) for step in steps]
-        assert settings == ["k2-w3g16-a4"] * count + ["k2-w4-a4"] * (40 - count)
 
 
-@pytest.mark.parametrize(("spread", "num_steps"), [(0.0, 2), (0.002, 1), (0.02, 0)])
-def test_steps_stand_where_the_bound_is_a_standard_error_away(spread, num_steps):
+@pytest.mark.parametrize(("spread", "rung"), [(0.0, 2), (0.002, 1), (0.02, 0)])
+def test_a_rung_stands_where_the_bound_is_a_standard_error_away(spread, rung):
     start, less = parse("k2-w4-a4"), parse("k2-w3g16-a4")
-    steps = [Step(layer=f"l{i}", precision=less, loss=0.0, cost=0.0) for i in range(2)]
-    found = Found(network=start, network_loss=0.0, network_cost=0.0, layers={}, loss=0.0, cost=0.0, steps=steps, num_evaluations=0)
 
-    def losses(name, precision):  # each step costs 0.4 %, give or take
+    def losses(name, precision):  # each rung costs 0.4 %, give or take
         changed = sum(setting == str(less) for setting in (precision or {}).values())
         costs = (0.004 * changed + sign * spread for sign in (1, -1)) if changed else (0.0, 0.0)
         return [DocumentLoss(loss=100.0 + 50 * cost, num_tokens=50, divergence=0.0) for cost in costs]
 
-    assert _confirmed(found, dict.fromkeys(("l0", "l1"), 1.0), 0.009, _growth(losses))[1] == num_steps
+    assert _confirmed(rungs_of(start, less, 2), start, 0.009, _growth(losses))[0] == rung
 
 
 def test_a_network_setting_that_is_not_confirmed_gives_way_to_the_next_dearer_one():
@@ -179,7 +178,7 @@ def test_a_network_setting_that_is_not_confirmed_gives_way_to_the_next_dearer_on
 
     def network(bound, candidates, measure=lambda layers: 0.001 if set(map(str, layers.values())) <= {*candidates, INT8} else 1.0):
         settings = SearchSettings(max_loss=bound, num_calibration=1, num_confirmation=2, candidates=candidates)
-        return str(_search({"down_proj": 1.0}, measure, settings, {}, _growth(losses)).network)
+        return str(_search({"down_proj": 1.0}, measure, settings, _growth(losses))[0])
 
     candidates = ("k4-w1-a2", "k1-w3g16-a3g1", "k2-w2g16-a3g1")
     assert [network(bound, candidates) for bound in (0.04, 0.02, 0.01)] == ["k1-w3g16-a3g1", "k2-w2g16-a3g1", "k4-w1-a2"]

@@ -1,14 +1,14 @@
 """What a precision costs, and the search for cheap ones, with losses that are written out here."""
 
-import json
+import itertools
 import math
 
 import pytest
 
 from qurl.quantization import FORMATS
-from qurl.quantization.axbxp import all_precisions, parse, with_precision
+from qurl.quantization.axbxp import parse, with_precision
 from qurl.quantization.axbxp.cost import cost, network_cost
-from qurl.quantization.axbxp.search import cheaper, describe, engine_matrices, search
+from qurl.quantization.axbxp.search import cheapest, describe, engine_matrices, ladder, last_within
 
 CANDIDATES = [parse(setting) for setting in ("k2-w4-a4", "k2-w2g16-a2g1", "k2-w3g16-a3g1", "k2-w2g16-a3g1")]
 WEIGHTS = {"first": 100.0, "middle": 300.0, "last": 100.0}
@@ -16,18 +16,17 @@ SENSITIVITY = {"first": 5.0, "middle": 1.0, "last": 2.0}
 
 
 class Loss:
-    """Each layer adds its sensitivity times what its operands lost; counts its calls."""
+    """Each layer adds its sensitivity times what its operands lost, `steeper` times a fourth for a bit; counts its calls."""
 
-    def __init__(self, limit=math.inf):
-        self.calls, self.limit = 0, limit
+    def __init__(self, steeper=1.0):
+        self.calls, self.per_bit = 0, 4.0 * steeper
 
     def __call__(self, layers):
         self.calls += 1
-        if self.calls > self.limit:
-            raise KeyboardInterrupt
         return sum(
-            SENSITIVITY[name] * (4.0 ** (3 - p.weight.blocks) + 2.0 ** (3 - p.activation.blocks)) for name, p in layers.items()
-        )
+            SENSITIVITY[name] * weight * self.per_bit ** (p.block_bits * (2 - kept.blocks))
+            for name, p in layers.items() for weight, kept in ((1.0, p.weight), (3.0, p.activation)) if kept.blocks < p.num_blocks
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("setting", "products", "weight_bits"), [
@@ -59,58 +58,82 @@ def test_a_network_costs_the_mean_over_its_weights():
     assert network_cost(layers, WEIGHTS).products == pytest.approx((100 + 300 * 0.25 + 100) / 500)
 
 
-@pytest.mark.parametrize("bound", [12, 17, 25, 40, 80])
-def test_a_search_never_passes_the_bound_nor_gets_dearer(bound):
+def blocks(precision):
+    return precision.weight.blocks, precision.activation.blocks
+
+
+def products(layers):
+    return sum(WEIGHTS[name] * math.prod(blocks(precision)) for name, precision in layers.items())
+
+
+@pytest.mark.parametrize("steeper", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("network", ["k1-w3g16-a4g1", "k2-w2g16-a3g1", "k2-w4-a4", "k4-w1-a2"])
+def test_a_ladder_gets_cheaper_rung_by_rung_and_ends_within_the_bound(network, steeper):
+    network = parse(network)
+    loss = Loss(steeper)
+    first = loss(dict.fromkeys(WEIGHTS, network))
+    for bound in (1.001 * first, first + 1, 3 * first + 20):
+        rungs = ladder(WEIGHTS, loss, bound, network)
+        assert rungs[0] == dict.fromkeys(WEIGHTS, network) and loss(rungs[-1]) <= bound
+        costs = [network_cost(rung, WEIGHTS).products for rung in rungs]
+        assert all(after < before for before, after in itertools.pairwise(costs))
+
+
+def test_every_rung_is_the_cheapest_of_all_precisions_that_lose_no_more():
+    loss, pairs = Loss(), list(itertools.product(range(1, 5), repeat=2))
+    kept = {(w, a): parse(f"k2-w{w}{'g16' if w < 4 else ''}-a{a}{'g1' if a < 4 else ''}") for w, a in pairs}
+    everything = []
+    for assigned in itertools.product(pairs, repeat=len(WEIGHTS)):
+        layers = dict(zip(WEIGHTS, (kept[pair] for pair in assigned), strict=True))
+        everything.append((loss(layers), products(layers)))
+    for bound in (12, 40, 100, 300):
+        _, *rungs = ladder(WEIGHTS, loss, bound, parse("k2-w2g16-a3g1"))
+        assert rungs
+        for rung in rungs:
+            assert products(rung) == min(price for other, price in everything if other <= loss(rung))
+
+
+def test_an_operand_is_measured_once_and_again_only_where_fewer_blocks_than_that_are_used():
     loss = Loss()
-    found = search(WEIGHTS, loss, bound, CANDIDATES)
-    meets = [p for p in CANDIDATES if Loss()(dict.fromkeys(WEIGHTS, p)) <= bound]
-    assert found.network == min(meets, key=lambda p: cost(p).products) and found.network_loss <= bound
-    assert found.loss == Loss()(found.layers) <= bound
-    assert found.cost == pytest.approx(network_cost(found.layers, WEIGHTS).products)
-    costs = [found.network_cost, *(step.cost for step in found.steps)]
-    assert all(after < before for before, after in zip(costs, costs[1:], strict=False)) and found.cost == costs[-1]
-    assert all(step.loss <= bound for step in found.steps)
-    assert found.num_evaluations == loss.calls
-    for name, precision in found.layers.items():  # no single step is left that would fit
-        assert all(Loss()({**found.layers, name: less}) > bound for less in cheaper(precision))
+    rungs = ladder(WEIGHTS, loss, 17.0, parse("k1-w3g16-a4g1"))
+    fewer = sum(max(0, 2 - w) + max(0, 3 - a) for w, a in map(blocks, rungs[-1].values()))
+    assert loss.calls == 1 + 2 * len(WEIGHTS) + fewer + 1 and fewer > 0  # whole; each; those; the end of the ladder
 
 
-def test_the_layer_that_matters_least_gives_up_most():
-    found = search(WEIGHTS, Loss(), 17, CANDIDATES)
-    assert cost(found.layers["middle"]).products < cost(found.layers["first"]).products
-    assert found.steps[0].layer == "middle" and found.cost < found.network_cost
-
-
-def test_a_search_goes_on_where_another_with_its_journal_ended():
-    journal = {}
-    with pytest.raises(KeyboardInterrupt):
-        search(WEIGHTS, Loss(limit=6), 25, CANDIDATES, journal=journal)
-    journal = json.loads(json.dumps(journal))
-    assert len(journal) == 6
-    loss = Loss()
-    found = search(WEIGHTS, loss, 25, CANDIDATES, journal=journal)
-    alone = search(WEIGHTS, Loss(), 25, CANDIDATES)
-    assert (found.layers, found.steps) == (alone.layers, alone.steps) and loss.calls == alone.num_evaluations - 6
+def test_the_layer_that_matters_least_gives_up_most_and_one_that_matters_gets_blocks_back():
+    network = parse("k1-w3g16-a4g1")
+    end = ladder(WEIGHTS, Loss(), Loss()(dict.fromkeys(WEIGHTS, network)), network)[-1]
+    assert cost(end["middle"]).products < cost(network).products < cost(end["first"]).products
 
 
 def test_a_loss_that_is_no_number_is_never_accepted():
     def loss(layers):
         return math.nan if any(p.weight.blocks < 3 for p in layers.values()) else 0.0
 
-    found = search(WEIGHTS, loss, 1.0, CANDIDATES)
-    assert all(p.weight.blocks == 3 and p.activation.blocks == 1 for p in found.layers.values())
+    for layers in ladder(WEIGHTS, loss, 1.0, parse("k2-w3g16-a3g1")):
+        assert not math.isnan(loss(layers))
+    assert all(precision.activation.blocks == 1 for precision in layers.values())
 
 
-def test_what_cannot_be_searched_is_said():
-    with pytest.raises(ValueError, match="none of 4 precisions meets bound=1; the best, k2-w4-a4, has 6"):
-        search(WEIGHTS, Loss(), 1, CANDIDATES)
-    with pytest.raises(ValueError, match="needs layers and candidates; got 3 and 0"):
-        search(WEIGHTS, Loss(), 1, [])
+def test_the_network_gets_the_cheapest_candidate_within_the_bound():
+    for bound in (12, 60, 100, 1e4):
+        meets = [p for p in CANDIDATES if Loss()(dict.fromkeys(WEIGHTS, p)) <= bound]
+        assert cheapest(CANDIDATES, WEIGHTS, Loss(), bound) == min(meets, key=lambda p: cost(p).products)
+    with pytest.raises(ValueError, match="none of 3 precisions meets bound=0.1; the best, k2-w3g16-a3g1, has 2"):
+        cheapest(CANDIDATES[1:], WEIGHTS, Loss(), 0.1)
 
 
-def test_stored_bits_may_be_what_is_made_small():
-    found = search(WEIGHTS, Loss(), 40, all_precisions(block_bits=(2,)), objective=lambda each: each.weight_bits)
-    assert found.cost < 6 and all(p.activation.blocks == 4 or p == found.network for p in found.layers.values())
+def test_bisection_finds_the_last_that_is_within_and_asks_for_the_end_first():
+    for last, highest in itertools.combinations_with_replacement(range(20, -1, -1), 2):
+        asked = []
+
+        def is_within(index, asked=asked, highest=highest):
+            asked.append(index)
+            return index <= highest
+
+        assert last_within(is_within, last) == highest
+        assert asked[:1] == [last][: last > 0] and 0 not in asked
+        assert len(asked) <= 1 + math.ceil(math.log2(last + 1))
 
 
 def test_matrices_of_an_engine_get_one_setting_each():
