@@ -15,7 +15,8 @@ with the precision of every layer and is all that takes time.
                  layers have, and what all have together as the price rises is a ladder. An estimate of fewer blocks that is used
                  at its end is replaced by a measurement, until none is left; how far down the bound is met, is measured too
 
-The paper searches in this order; how it refines is not known to us. It trains again, which is left out here."""
+The paper searches in this order, its refinement is greedy, and it trains again. Here nothing is trained, and no greedy rounds are
+needed: a round that measures every step on top of the noise of all others mostly measures that noise."""
 
 from __future__ import annotations
 
