@@ -92,8 +92,9 @@ def assert_in_order(format, kernel, rows, columns, tokens):
     x[-1, :64], x[tokens // 2] = 0.0, 0.0
     matrix, bias = rows_of(format.encode(weight)), normal(rows, seed=5)
     packed = kernel.pack(matrix)
-    selector_bits = 4 if format.layout.block == 8 else format.layout.selector_bits
-    bits_per_weight = 4 + selector_bits / format.layout.block + 8 / format.layout.array
+    layout = format.layout
+    selector_bits = 4 if layout.block == 8 or layout.num_codebooks > 4 else layout.selector_bits
+    bits_per_weight = 4 + selector_bits / layout.block + 8 / layout.array
     assert packed.nbytes == math.ceil(rows / 8) * 8 * (bits_per_weight * columns / 8 + 8)
     unpacked = kernel.unpack(packed, rows, columns)
     assert list(unpacked) == list(matrix) and all(torch.equal(unpacked[name].float(), matrix[name].float()) for name in matrix)

@@ -1,16 +1,15 @@
 // The loops for AVX2 and F16C: the same bits as those in portable.h.
 //
 // A byte shuffle looks 16 codes of a book up. A register of 32 codes spans four blocks of 8 and two halves: two shuffles, each with
-// a book in either half, and a blend. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
+// a book in either half, and a blend. Blocks of 4 take four shuffles, blocks of 2 eight, unless there are so few books that each
+// code is looked up in all of them, and blends by the selectors' bits choose. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
 // (pmaddubsw) serves without splitting signs off: with activations' codewords of 6 bits the 16 products that a 16-bit sum gets from
 // an array of 64 stay within 16 * 63 * 31 < 2^15; with arrays of 128, codewords of 8 bits or digits 4 do, 4 * 63 * 128 < 2^15. 32
 // times the sum of the activations' codes comes off at the end. Weights of 8 bits trade signs (psignb) and are widened to 32 bits
 // after every two products, since 2 * 128 * 127 < 2^15.
 //
-// In blocks of 2 or 4 a register spans too many books for that: its codes are looked up in each book there is, and blends by the
-// selectors' bits choose. These codewords are looked up before they are multiplied, however few tokens there are.
-//
-// There are loops for arrays of 64 and blocks of 8, which the package's codebooks have, and loops for all others.
+// There are loops for arrays of 64 and blocks of 8, which the package's codebooks have, and loops for all others. Codewords of shorter
+// blocks are looked up before they are multiplied, however few tokens there are.
 #pragma once
 
 #if defined(__x86_64__)
@@ -202,13 +201,25 @@ AVX2_INLINE Halves split(const uint8_t* codes) {
     return {_mm256_and_si256(both, four_bits), _mm256_and_si256(_mm256_srli_epi16(both, 4), four_bits)};
 }
 
-// A strip's codewords, with a book for 8 columns.
+// Of half a strip the codewords of two rows' first blocks, up to number LAST, on either side.
+template <int BLOCK, int LAST = 2 * WIDTH / BLOCK - 1>
+AVX2_INLINE __m256i look_up_half(const uint8_t* pairs, __m256i codes, const uint8_t* selectors) {
+    const __m256i last = _mm256_shuffle_epi8(pair(pairs, selectors[LAST]), codes);
+    if constexpr (LAST == 0) {
+        return last;
+    } else {
+        const __m256i others = look_up_half<BLOCK, LAST - 1>(pairs, codes, selectors);
+        constexpr int SIDE = (BLOCK == 8 ? 3 : 1) << LAST * BLOCK / 4;
+        if constexpr (BLOCK == 2) return _mm256_blend_epi16(others, last, 1 << LAST);
+        else return _mm256_blend_epi32(others, last, SIDE | SIDE << 4);
+    }
+}
+
+// A strip's codewords.
+template <int BLOCK>
 AVX2_INLINE Halves look_up(const uint8_t* pairs, const uint8_t* codes, const uint8_t* selectors) {
     const Halves here = split(codes);
-    return {_mm256_blend_epi32(_mm256_shuffle_epi8(pair(pairs, selectors[0]), here.low),
-                               _mm256_shuffle_epi8(pair(pairs, selectors[1]), here.low), 0xCC),
-            _mm256_blend_epi32(_mm256_shuffle_epi8(pair(pairs, selectors[2]), here.high),
-                               _mm256_shuffle_epi8(pair(pairs, selectors[3]), here.high), 0xCC)};
+    return {look_up_half<BLOCK>(pairs, here.low, selectors), look_up_half<BLOCK>(pairs, here.high, selectors + 2 * WIDTH / BLOCK)};
 }
 
 // A strip's codewords, each from one of 2^BITS books: bit i of its number is the sign of choices[i].
@@ -224,7 +235,7 @@ AVX2_INLINE Halves choose(const __m256i* books, const Halves& codes, const Halve
     }
 }
 
-// An array's codewords where a book is for fewer than 8 columns: each code is looked up in all books.
+// An array's codewords, whose selectors are bits.
 template <int BITS>
 AVX2 void look_up_bits(const uint8_t* pairs, const uint8_t* array, const Layout& layout, Halves* numbers) {
     const int strips = layout.strips(), blocks = layout.blocks();
@@ -246,15 +257,17 @@ AVX2 void look_up_bits(const uint8_t* pairs, const uint8_t* array, const Layout&
     }
 }
 
-constexpr decltype(&look_up_bits<0>) LOOK_UP_BITS[] = {look_up_bits<0>, look_up_bits<1>, look_up_bits<2>, look_up_bits<3>,
-                                                        look_up_bits<4>};
+// An array's codewords, whose selectors are halves of bytes.
+template <int BLOCK>
+AVX2_INLINE void look_up_blocks(const uint8_t* pairs, const uint8_t* array, const Layout& layout, Halves* numbers) {
+    const int strips = layout.strips();
+    const uint8_t* selectors = array + layout.selectors_at();
+    for (int s = 0; s < strips; ++s) numbers[s] = look_up<BLOCK>(pairs, array + s * 32, selectors + s * 32 / BLOCK);
+}
 
-AVX2_INLINE void look_up_array(const uint8_t* pairs, const uint8_t* array, const Layout& layout, Halves* numbers) {
-    if (layout.has_bits()) {
-        LOOK_UP_BITS[layout.selector_bits](pairs, array, layout, numbers);
-        return;
-    }
-    for (int s = 0; s < layout.strips(); ++s) numbers[s] = look_up(pairs, array + s * 32, array + layout.selectors_at() + s * 4);
+inline decltype(&look_up_blocks<8>) array_look_up(const Layout& layout) {
+    if (!layout.has_bits()) return layout.block == 8 ? look_up_blocks<8> : layout.block == 4 ? look_up_blocks<4> : look_up_blocks<2>;
+    return layout.selector_bits == 0 ? look_up_bits<0> : layout.selector_bits == 1 ? look_up_bits<1> : look_up_bits<2>;
 }
 
 // E4M3 scales of rows 0 to 7, times 2^-8.
@@ -298,7 +311,7 @@ AVX2_INLINE void add_codes(const uint8_t* pairs, const Tile& tile, const Tokens&
             Halves weights[2];
             for (int k = 0; k < 2; ++k)
                 weights[k] = IS_LOOKED_UP ? tile.numbers[(g - first) * strips + s + k]
-                                          : look_up(pairs, array + (s + k) * 32, array + layout.selectors_at() + (s + k) * 4);
+                                          : look_up<8>(pairs, array + (s + k) * 32, array + layout.selectors_at() + (s + k) * 4);
 #pragma GCC unroll 4
             for (int t = 0; t < NUM_TOKENS; ++t) {
                 int64_t eight[2];
@@ -354,10 +367,11 @@ template <Kind KIND, bool IS_USUAL>
 AVX2 void multiply_codes(const uint8_t* pairs, Tile tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
     const int64_t arrays = tokens.arrays();
     const Layout layout = IS_USUAL ? USUAL : tile.layout;
-    if (last - first <= 4 && !layout.has_bits()) {
+    if (last - first <= 4 && layout.block == 8) {
         add_codes<KIND, false, IS_USUAL>(pairs, tile, tokens, first, last - first, 0, arrays, totals);
         return;
     }
+    const auto look_up_array = IS_USUAL ? look_up_blocks<8> : array_look_up(layout);
     Halves numbers[CHUNK * MOST_STRIPS];
     tile.numbers = numbers;
     for (int64_t g = 0; g < arrays; g += CHUNK) {

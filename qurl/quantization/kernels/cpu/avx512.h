@@ -93,10 +93,12 @@ AVX512_INLINE __m512i pick(const Entries& entries, __m512i index) {
     return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
 }
 
-// 128 codewords of two strips with a book for 8 columns: `low` of rows 0, 1, 4, 5 and `high` of rows 2, 3, 6, 7, the second strip's
-// after the first's.
+constexpr int64_t EACH = 0x0101010101010101;  // byte of a lane
+constexpr int SELECT = 0xB8;  // for ternarylogic: bits of the third where the second has ones, else of the first
+
+// 128 codewords of two strips of blocks of 8: `low` of rows 0, 1, 4, 5 and `high` of rows 2, 3, 6, 7, the second strip's after the
+// first's.
 AVX512_INLINE void look_up(const Entries& entries, const uint8_t* codes, const uint8_t* selectors, __m512i& low, __m512i& high) {
-    constexpr int64_t EACH = 0x0101010101010101;
     const __m512i four_bits = _mm512_set1_epi8(15), down = _mm512_set1_epi8(16);
     // Four bits before those that have a book in the selectors of two strips, so that it comes to stand above a code.
     const __m512i first = _mm512_set_epi64(40 * EACH, 32 * EACH, 36 * EACH, 28 * EACH, 8 * EACH, 0, 4 * EACH, 60 * EACH);
@@ -105,29 +107,39 @@ AVX512_INLINE void look_up(const Entries& entries, const uint8_t* codes, const u
     const __m512i books = _mm512_set1_epi64(sixteen), both = _mm512_loadu_si512(codes);
     const __m512i first_books = _mm512_multishift_epi64_epi8(first, books);
     const __m512i second_books = _mm512_multishift_epi64_epi8(_mm512_add_epi8(first, down), books);
-    constexpr int SELECT = 0xB8;  // bits of the third where the second has ones, else of the first
     low = pick(entries, _mm512_ternarylogic_epi64(first_books, four_bits, both, SELECT));
     high = pick(entries, _mm512_ternarylogic_epi64(second_books, four_bits, _mm512_srli_epi16(both, 4), SELECT));
 }
 
-// The same where a book is for fewer columns: its number is put together bit by bit.
-AVX512_INLINE void look_up_bits(const Entries& entries, const Layout& layout, const uint8_t* codes, const uint8_t* selectors,
-                                __m512i& low, __m512i& high) {
-    constexpr int64_t EACH = 0x0101010101010101;
-    const __m512i four_bits = _mm512_set1_epi8(15);
-    const __m512i low_rows = _mm512_set_epi64(32 * EACH, 16 * EACH, 2 * EACH, EACH, 32 * EACH, 16 * EACH, 2 * EACH, EACH);
-    const __m512i high_rows = _mm512_slli_epi16(low_rows, 2);
-    const int64_t here = layout.block == 4 ? 0x0101010100000000 : 0x0303020201010000;  // bytes that have the columns' bits
-    const int64_t next = here + layout.selector_bytes() * EACH;
+// Above each code its book, whose halves of bytes are at `place` in `selectors`.
+AVX512_INLINE __m512i with_books(__m512i codes, __m512i place, __m512i selectors) {
+    const __m512i books = _mm512_permutexvar_epi8(place, selectors);
+    constexpr __mmask64 LOW_HALVES = 0x0000FFFF0000FFFF;  // rows 0 to 3
+    const __m512i above = _mm512_mask_blend_epi8(LOW_HALVES, books, _mm512_slli_epi16(books, 4));
+    return _mm512_ternarylogic_epi64(above, _mm512_set1_epi8(15), codes, SELECT);
+}
+
+// The same of shorter blocks.
+AVX512_INLINE void look_up(const Entries& entries, const Layout& layout, const uint8_t* codes, const uint8_t* selectors,
+                           __m512i& low, __m512i& high) {
+    const int64_t here = layout.block == 4 ? 0x0101010100000000 : 0x0303020201010000;  // blocks of a strip's columns
+    const int64_t next = here + layout.selector_bytes() * EACH, row = layout.has_bits() ? 0 : layout.blocks() * EACH;
     const __m512i all = _mm512_loadu_si512(selectors), both = _mm512_loadu_si512(codes);
-    __m512i place = _mm512_set_epi64(next, next, next, next, here, here, here, here);
-    low = _mm512_and_si512(both, four_bits);
-    high = _mm512_and_si512(_mm512_srli_epi16(both, 4), four_bits);
-    for (int bit = 0; bit < layout.selector_bits; ++bit) {
-        const __m512i bits = _mm512_permutexvar_epi8(place, all), book = _mm512_set1_epi8(static_cast<char>(ENTRIES << bit));
-        low = _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(bits, low_rows), low, book);
-        high = _mm512_mask_add_epi8(high, _mm512_test_epi8_mask(bits, high_rows), high, book);
-        place = _mm512_add_epi8(place, _mm512_set1_epi8(static_cast<char>(layout.blocks())));
+    __m512i place = _mm512_set_epi64(next + row, next, next + row, next, here + row, here, here + row, here);
+    low = _mm512_and_si512(both, _mm512_set1_epi8(15));
+    high = _mm512_and_si512(_mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+    if (layout.has_bits()) {
+        const __m512i low_rows = _mm512_set_epi64(32 * EACH, 16 * EACH, 2 * EACH, EACH, 32 * EACH, 16 * EACH, 2 * EACH, EACH);
+        const __m512i high_rows = _mm512_slli_epi16(low_rows, 2);
+        for (int bit = 0; bit < layout.selector_bits; ++bit) {
+            const __m512i bits = _mm512_permutexvar_epi8(place, all), book = _mm512_set1_epi8(static_cast<char>(ENTRIES << bit));
+            low = _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(bits, low_rows), low, book);
+            high = _mm512_mask_add_epi8(high, _mm512_test_epi8_mask(bits, high_rows), high, book);
+            place = _mm512_add_epi8(place, _mm512_set1_epi8(static_cast<char>(layout.blocks())));
+        }
+    } else {
+        low = with_books(low, place, all);
+        high = with_books(high, _mm512_add_epi8(place, _mm512_set1_epi8(static_cast<char>(2 * layout.blocks()))), all);
     }
     low = pick(entries, low);
     high = pick(entries, high);
@@ -205,7 +217,7 @@ template <bool IS_USUAL>
 AVX512 void multiply_tile(const Entries& entries, Tile tile, const Tokens& tokens, int64_t first, int64_t last, Totals& totals) {
     const Layout layout = IS_USUAL ? avx2::USUAL : tile.layout;
     const int64_t arrays = tokens.arrays();
-    if (last - first <= 4 && !layout.has_bits()) {
+    if (last - first <= 4 && layout.block == 8) {
         add_codes<false, IS_USUAL>(entries, tile, tokens, first, last - first, 0, arrays, totals);
         return;
     }
@@ -219,8 +231,8 @@ AVX512 void multiply_tile(const Entries& entries, Tile tile, const Tokens& token
             for (int s = 0; s < layout.strips(); s += 2) {
                 __m512i* both = numbers + (h - g) * layout.strips() + s;
                 const uint8_t *codes = array + s * 32, *selectors = array + layout.selectors_at() + s * layout.selector_bytes();
-                if (layout.has_bits()) look_up_bits(entries, layout, codes, selectors, both[0], both[1]);
-                else look_up(entries, codes, selectors, both[0], both[1]);
+                if (layout.block == 8) look_up(entries, codes, selectors, both[0], both[1]);
+                else look_up(entries, layout, codes, selectors, both[0], both[1]);
             }
         }
         for (int64_t m = first; m < last; m += 4)

@@ -1,7 +1,7 @@
 """LO-BCQ linear layers on the CPU, with weights that stay packed: 37 bytes per 64 of them in the package's layout.
 
-Every layout is taken. A block's book takes the bits in memory that it has on the wire, but 4 where blocks have 8 inputs. Blocks of
-2 and 4 inputs cost instructions that grow with the number of books, since codes are looked up in all of them. `tiles.h` says how
+Every layout is taken. A block's book takes 4 bits in memory, but the bits that it has on the wire where blocks of 2 or 4 inputs have
+at most 4 books: these are looked up otherwise, in a time that grows with the number of books. `tiles.h` says how
 weights lie in memory, `portable.h` which sums are exact and in what order the others are taken, so that every set of instructions
 gives the same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format the
 activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no codewords:

@@ -4,13 +4,14 @@
 // A tile holds, for one array after the other,
 //   codes      32 bytes per strip. Byte 8 q + j has column j of row LOW[q], where LOW = 0, 1, 4, 5, in its low half and that of row
 //              LOW[q] + 2 in its high half.
-//   selectors  of blocks of 8: 4 bytes per strip. Byte q has the book of row q in its low half and of row q + 4 in its high half.
-//              Of shorter blocks, bit by bit: byte k of the 8 / L_b bytes for one bit of a strip's selectors, the lowest first, has
-//              that of row r's block k as bit r.
+//   selectors  32 / L_b bytes per strip. Byte 8 / L_b * q + k has the book of row q's block k in its low half and that of row q + 4
+//              in its high half.
+//              Where blocks are shorter than 8 and books 4 or fewer, bit by bit: byte k of the 8 / L_b bytes for one bit of a strip's
+//              selectors, the lowest first, has that of row r's block k as bit r.
 //   scales     8 bytes, E4M3 of rows 0 to 7
-// That is what is on the wire but for blocks of 8 with fewer than 16 books: 37 bytes per 64 weights with 16, in arrays of 64. It is
-// read from the first byte to the last. After all tiles comes a double for each row: the reciprocal of the float32 scale of its
-// matrix. Rows beyond the last are zeros.
+// With 16 books, or selectors bit by bit, that is what is on the wire: 37 bytes per 64 weights with 16 for blocks of 8 in arrays of
+// 64. It is read from the first byte to the last. After all tiles comes a double for each row: the reciprocal of the float32 scale
+// of its matrix. Rows beyond the last are zeros.
 //
 // The order of rows is such that a table lookup in each half of a 32-byte register serves two books, and that adding neighbors
 // of two sums of products leaves rows 0 to 7 in order.
@@ -34,10 +35,10 @@ struct Layout {
 
     constexpr int strips() const { return array / WIDTH; }  // of an array
     constexpr int blocks() const { return WIDTH / block; }  // of a row in a strip
-    constexpr bool has_bits() const { return block < WIDTH; }  // rather than selectors of half a byte
+    constexpr bool has_bits() const { return block < WIDTH && selector_bits <= 2; }  // rather than selectors of half a byte
 
     // Of a strip.
-    constexpr int selector_bytes() const { return has_bits() ? selector_bits * blocks() : HEIGHT / 2; }
+    constexpr int selector_bytes() const { return (has_bits() ? selector_bits : HEIGHT / 2) * blocks(); }
 
     // Where an array's selectors and scales are, and its end.
     constexpr int selectors_at() const { return strips() * 32; }
@@ -46,7 +47,7 @@ struct Layout {
 
     // The book of block k of row r, given the selectors of its strip.
     int book(const uint8_t* selectors, int r, int k) const {
-        if (!has_bits()) return selectors[r & 3] >> (r >> 2) * 4 & 15;
+        if (!has_bits()) return selectors[(r & 3) * blocks() + k] >> (r >> 2) * 4 & 15;
         int book = 0;
         for (int bit = 0; bit < selector_bits; ++bit) book |= (selectors[bit * blocks() + k] >> r & 1) << bit;
         return book;
@@ -54,7 +55,7 @@ struct Layout {
 
     // The selectors were zeros.
     void set_book(uint8_t* selectors, int r, int k, int book) const {
-        if (!has_bits()) selectors[r & 3] |= static_cast<uint8_t>(book << (r >> 2) * 4);
+        if (!has_bits()) selectors[(r & 3) * blocks() + k] |= static_cast<uint8_t>(book << (r >> 2) * 4);
         for (int bit = 0; has_bits() && bit < selector_bits; ++bit)
             selectors[bit * blocks() + k] |= static_cast<uint8_t>((book >> bit & 1) << r);
     }
