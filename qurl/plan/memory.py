@@ -114,9 +114,10 @@ def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) 
 
 
 def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], device: str) -> int:
-    """What an engine keeps of the weights: the bytes of the wire, or four a weight where holds_decoded. On a GPU packed Ax-BxP is
-    expanded to INT8. Ax-BxP that is not packed is multiplied as INT8, beside the codes of the wire. The larger of the two where
-    guard may have the engine hold them without quantization."""
+    """What an engine keeps of the weights: the bytes of the wire, or four a weight where holds_decoded. Not counted is up to half a
+    bit a weight that selectors of LO-BCQ with fewer than 16 books take more on a CPU. On a GPU packed Ax-BxP is expanded to INT8.
+    Ax-BxP that is not packed is multiplied as INT8, beside the codes of the wire. The larger of the two where guard may have the
+    engine hold them without quantization."""
     if config.guard.action is GuardAction.full_precision and targets:
         ordinary = replace(config, guard=GuardConfig())
         quantized = engine_weight_bytes(ordinary, model, targets, device)

@@ -1,15 +1,15 @@
 // The loops for AVX2 and F16C: the same bits as those in portable.h.
 //
 // A byte shuffle looks 16 codes of a book up. A register of 32 codes spans four blocks of 8 and two halves: two shuffles, each with
-// a book in either half, and a blend. Blocks of 4 take four shuffles, blocks of 2 eight, unless there are so few books that each
-// code is looked up in all of them, and blends by the selectors' bits choose. Codewords of 6 bits are looked up 32 too large, so that unsigned times signed bytes
-// (pmaddubsw) serves without splitting signs off: with activations' codewords of 6 bits the 16 products that a 16-bit sum gets from
-// an array of 64 stay within 16 * 63 * 31 < 2^15; with arrays of 128, codewords of 8 bits or digits 4 do, 4 * 63 * 128 < 2^15. 32
-// times the sum of the activations' codes comes off at the end. Weights of 8 bits trade signs (psignb) and are widened to 32 bits
-// after every two products, since 2 * 128 * 127 < 2^15.
+// a book in either half, and a blend. Blocks of 4 take four shuffles and blocks of 2 eight, unless there are so few books that each
+// code is looked up in all of them and the selectors' bits blend. Codewords of 6 bits are looked up 32 too large, so that unsigned
+// times signed bytes (pmaddubsw) serves without splitting signs off: with activations' codewords of 6 bits the 16 products that a
+// 16-bit sum gets from an array of 64 stay within 16 * 63 * 31 < 2^15; with arrays of 128, codewords of 8 bits or digits 4 do,
+// 4 * 63 * 128 < 2^15. 32 times the sum of the activations' codes comes off at the end. Weights of 8 bits trade signs (psignb) and
+// are widened to 32 bits after every two products, since 2 * 128 * 127 < 2^15.
 //
-// There are loops for arrays of 64 and blocks of 8, which the package's codebooks have, and loops for all others. Codewords of shorter
-// blocks are looked up before they are multiplied, however few tokens there are.
+// There are loops for arrays of 64 and blocks of 8, which the package's codebooks have, and loops for all others. Codewords of
+// shorter blocks are looked up before they are multiplied, however few tokens there are.
 #pragma once
 
 #if defined(__x86_64__)
@@ -219,7 +219,8 @@ AVX2_INLINE __m256i look_up_half(const uint8_t* pairs, __m256i codes, const uint
 template <int BLOCK>
 AVX2_INLINE Halves look_up(const uint8_t* pairs, const uint8_t* codes, const uint8_t* selectors) {
     const Halves here = split(codes);
-    return {look_up_half<BLOCK>(pairs, here.low, selectors), look_up_half<BLOCK>(pairs, here.high, selectors + 2 * WIDTH / BLOCK)};
+    return {look_up_half<BLOCK>(pairs, here.low, selectors),
+            look_up_half<BLOCK>(pairs, here.high, selectors + 2 * WIDTH / BLOCK)};
 }
 
 // A strip's codewords, each from one of 2^BITS books: bit i of its number is the sign of choices[i].
@@ -266,8 +267,9 @@ AVX2_INLINE void look_up_blocks(const uint8_t* pairs, const uint8_t* array, cons
 }
 
 inline decltype(&look_up_blocks<8>) array_look_up(const Layout& layout) {
-    if (!layout.has_bits()) return layout.block == 8 ? look_up_blocks<8> : layout.block == 4 ? look_up_blocks<4> : look_up_blocks<2>;
-    return layout.selector_bits == 0 ? look_up_bits<0> : layout.selector_bits == 1 ? look_up_bits<1> : look_up_bits<2>;
+    const int bits = layout.selector_bits, block = layout.block;
+    if (layout.has_bits()) return bits == 0 ? look_up_bits<0> : bits == 1 ? look_up_bits<1> : look_up_bits<2>;
+    return block == 8 ? look_up_blocks<8> : block == 4 ? look_up_blocks<4> : look_up_blocks<2>;
 }
 
 // E4M3 scales of rows 0 to 7, times 2^-8.

@@ -1,13 +1,13 @@
 """LO-BCQ linear layers on the CPU, with weights that stay packed: 37 bytes per 64 of them in the package's layout.
 
-Every layout is taken. A block's book takes 4 bits in memory, but the bits that it has on the wire where blocks of 2 or 4 inputs have
-at most 4 books: these are looked up otherwise, in a time that grows with the number of books. `tiles.h` says how
-weights lie in memory, `portable.h` which sums are exact and in what order the others are taken, so that every set of instructions
-gives the same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format the
-activations' codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no codewords:
-its activations become whole numbers of 23 bits with a scale for each array, which loses less than 2^-22 of the array's largest
-number, so that its products are sums of integers as well. A rotation of the format turns a token's float32 numbers before either,
-with the bits of `rotate`.
+Every layout is taken. A block's book takes 4 bits in memory, but the bits that it has on the wire where blocks of 2 or 4 inputs
+have at most 4 books: those are looked up in another way, whose time grows with the number of books. `tiles.h` says how weights lie
+in memory, `portable.h` which sums are exact and in what order the others are taken, so that every set of instructions gives the
+same bits and a token's result does not depend on its neighbors. With `quantize_activations` of the format the activations'
+codewords agree bit for bit; results differ from its `linear` by the rounding of float32 sums. W4A16 has no codewords: its
+activations become whole numbers of 23 bits with a scale for each array, which loses less than 2^-22 of the array's largest number,
+so that its products are sums of integers as well. A rotation of the format turns a token's float32 numbers before either, with the
+bits of `rotate`.
 
 Sets of instructions: AVX-512 with VBMI and VNNI, AVX2, and portable C++ for all others. Tests run the AVX-512 loops by an emulation
 where the processor has no such instructions; speed not measured: AVX-512.

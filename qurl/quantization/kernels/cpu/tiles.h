@@ -6,8 +6,8 @@
 //              LOW[q] + 2 in its high half.
 //   selectors  32 / L_b bytes per strip. Byte 8 / L_b * q + k has the book of row q's block k in its low half and that of row q + 4
 //              in its high half.
-//              Where blocks are shorter than 8 and books 4 or fewer, bit by bit: byte k of the 8 / L_b bytes for one bit of a strip's
-//              selectors, the lowest first, has that of row r's block k as bit r.
+//              Of blocks of 2 or 4 with at most 4 books, bit by bit: byte k of the 8 / L_b bytes for a bit of a strip's selectors,
+//              the lowest first, has that of row r's block k as bit r.
 //   scales     8 bytes, E4M3 of rows 0 to 7
 // With 16 books, or selectors bit by bit, that is what is on the wire: 37 bytes per 64 weights with 16 for blocks of 8 in arrays of
 // 64. It is read from the first byte to the last. After all tiles comes a double for each row: the reciprocal of the float32 scale
