@@ -1,5 +1,7 @@
 """The kernel benchmark on matrices of a few bytes."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,21 +10,30 @@ pytest.importorskip("vllm")
 from qurl.bench.kernels import _matrices, run_kernel_bench
 from qurl.quantization.kernels.cpu import library
 from qurl.quantization.kernels.cpu.library import KernelsUnavailable
+from qurl.quantization.lobcq import Codebooks, CodebookSets, LayerCodebooks, Layout
+from qurl.quantization.lobcq.codebooks import save_codebooks
 
 
-def test_rows_pair_formats_and_say_what_ran():
+def codebooks_with(layout):
+    return Codebooks(layout=layout, entries=(tuple(range(-15, 16, 2)),) * layout.num_codebooks)
+
+
+def test_rows_pair_formats_and_say_what_ran(tmp_path):
     try:
         library.load()
     except KernelsUnavailable as error:
         pytest.skip(f"no compiled kernels: {error}")
     threads = torch.get_num_threads()
-    names = ["none", "int8", "onednn_int8", "lobcq", "nvfp4", "axbxp_k2l2", "axbxp_k1l3"]
+    own = f"lobcq:{tmp_path / 'books.json'}"
+    save_codebooks(codebooks_with(Layout(block=2, num_codebooks=2)), tmp_path / "books.json", "by hand")
+    names = ["none", "int8", "onednn_int8", "lobcq", own, "nvfp4", "axbxp_k2l2", "axbxp_k1l3"]
     rows = run_kernel_bench(["64x128"], names, [1, 3], num_rounds=3, num_threads=1, cache_bytes=1 << 16)
     assert [(row.num_tokens, row.format) for row in rows] == [(tokens, name) for tokens in (1, 3) for name in names]
     found = {row.format: row for row in rows[: len(names)]}
     assert found["none"].ratio_min == found["none"].ratio_max == 1.0 and found["none"].bytes_per_weight == 2.0
     assert found["lobcq"].kernel == "PackedLoBcq" and found["nvfp4"].kernel == "Decoded" and found["nvfp4"].bytes_per_weight == 4.0
     assert found["lobcq"].bytes_per_weight == 37 / 64 + 8 / 128  # and a double for each row
+    assert found[own].kernel == "PackedLoBcq" and found[own].bytes_per_weight == 4.625 / 8 + 8 / 128
     row_scale = 4 / 128
     assert found["axbxp_k2l2"].bytes_per_weight == 5.125 / 8 + row_scale
     assert found["axbxp_k1l3"].kernel == "CompiledInt8" and found["axbxp_k1l3"].bytes_per_weight == 4.1875 / 8 + row_scale
@@ -47,3 +58,11 @@ def test_a_model_s_matrices_are_those_that_an_engine_runs():
 def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         run_kernel_bench(**options)
+
+
+def test_codebooks_of_single_layers_are_refused(tmp_path):
+    books = codebooks_with(Layout(num_codebooks=1))
+    sets = CodebookSets(tuple((layer, LayerCodebooks(weights=books, activations=books)) for layer in ("a", "b")))
+    (tmp_path / "sets.json").write_text(json.dumps(sets.content))
+    with pytest.raises(ValueError, match="sets.json has codebooks for each layer, and matrices here are of none"):
+        run_kernel_bench(["64x128"], [f"lobcq:{tmp_path}/sets.json"], [1], cache_bytes=1 << 16)
