@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -58,22 +59,29 @@ def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a model or text that cannot be read, or a layout that does not fit."""
     from qurl.cli.text_options import check_text_options
     from qurl.locks import only_writer
-    from qurl.quantization.lobcq import Layout
 
-    layout = Layout(**{name: value for name in LAYOUT if (value := getattr(args, name)) is not None})
-    activations = replace(layout, codeword_bits=args.activation_codeword_bits or layout.codeword_bits)
     check_text_options(args)
     _check(args)
     with only_writer(args.out):
         if args.out.exists():
             raise ConfigError(f"{args.out} exists; name a new file")
-        _calibrate(args, layout, activations)
+        _calibrate(args)
     print(args.out)
     return 0
 
 
+def calibrate_once(args: argparse.Namespace) -> None:
+    """As main, for another command that needs the file: where the same arguments have made it, it stays as it is."""
+    _check(args)
+    if not args.out.exists():
+        _calibrate(args)
+    elif (found := json.loads(args.out.read_text()).get("command")) != (wanted := _command(args)):
+        raise ConfigError(f"{args.out} was made by `{found}`, not by `{wanted}`; delete it, or name another OUT")
+
+
 def _check(args: argparse.Namespace) -> None:
-    """Raises ConfigError for options that contradict each other."""
+    """Raises ValueError for options that contradict each other, or make no layout."""
+    _layouts(args)
     if not (args.model / "config.json").is_file():
         raise ConfigError(f"{args.model} is no Hugging Face folder; of a run, make one with `qurl export`")
     if (args.operands == "weights") != (args.text is None):
@@ -86,12 +94,21 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--activation-codeword-bits needs --per operand or layer_operand, not {args.per}")
 
 
-def _calibrate(args: argparse.Namespace, layout: Layout, activations: Layout) -> None:
+def _layouts(args: argparse.Namespace) -> tuple[Layout, Layout]:
+    """Of weights and of activations. Raises ValueError for numbers that are no layout."""
+    from qurl.quantization.lobcq import Layout
+
+    layout = Layout(**{name: value for name in LAYOUT if (value := getattr(args, name)) is not None})
+    return layout, replace(layout, codeword_bits=args.activation_codeword_bits or layout.codeword_bits)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
     from qurl.cli.progress import progress_bar
     from qurl.ptq.calibration import ACTIVATIONS, WEIGHTS, Per, calibrated
     from qurl.ptq.evaluation import Text
     from qurl.quantization.lobcq.codebook_sets import save_codebook_sets
 
+    layout, activations = _layouts(args)
     text = Text(args.model, args.text, args.max_documents, args.context) if args.text else None
     journal = args.out.with_name(args.out.name + ".unfinished")
     with progress_bar("codebooks") as show:
@@ -102,7 +119,7 @@ def _calibrate(args: argparse.Namespace, layout: Layout, activations: Layout) ->
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(str(error).replace("quantization.rotation=", "--rotation ")) from error
-    save_codebook_sets(sets, args.out, _command(args, layout))
+    save_codebook_sets(sets, args.out, _command(args))
     journal.unlink()
     _print(found)
 
@@ -117,9 +134,9 @@ def _print(found: Sequence[FoundSet]) -> None:
               f"error over squared numbers {first:.6f} at first, {last:.6f} with the codebooks")  # fmt: skip
 
 
-def _command(args: argparse.Namespace, layout: Layout) -> str:
+def _command(args: argparse.Namespace) -> str:
     """What makes the file again, defaults and all."""
-    options: dict[str, Any] = {"operands": args.operands, "per": args.per, **asdict(layout)}
+    options: dict[str, Any] = {"operands": args.operands, "per": args.per, **asdict(_layouts(args)[0])}
     options |= {"activation_codeword_bits": args.activation_codeword_bits, "rotation": args.rotation, "seed": args.seed}
     if args.text:
         options |= {"text": args.text, "max_documents": args.max_documents, "context": args.context}

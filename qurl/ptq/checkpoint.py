@@ -252,6 +252,11 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def add_to_report(out: Path, **parts: Any) -> None:
+    """Beside what quantize_folder wrote to REPORT."""
+    _write_json(out / REPORT, json.loads((out / REPORT).read_text()) | parts)
+
+
 def _read_report(out: Path) -> QuantizeReport:
     content = json.loads((out / REPORT).read_text())
     content["matrices"] = [MatrixReport(**matrix) for matrix in content["matrices"]]

@@ -27,11 +27,14 @@ Replace = Callable[[Any], None]
 class Text:
     """Held-out text, cut into windows by a model's tokenizer."""
 
-    def __init__(self, model: Path, sources: Sequence[str], max_documents: int | None, context: int) -> None:
-        """Raises ValueError for sources that cannot be read, and a folder without a tokenizer."""
+    def __init__(
+        self, model: Path, sources: Sequence[str], max_documents: int | None, context: int, option: str = "--text"
+    ) -> None:
+        """option: that names the sources, for errors. Raises ValueError for sources that cannot be read, and a folder without a
+        tokenizer."""
         from transformers import AutoTokenizer
 
-        documents = [document for source in sources for document in load_documents(source, "--text")][:max_documents]
+        documents = [document for source in sources for document in load_documents(source, option)][:max_documents]
         try:
             tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
@@ -39,7 +42,7 @@ class Text:
         self.model = model
         self.sources = list(sources)
         self.context = context
-        self.documents = encode_documents(documents, tokenizer, context)
+        self.documents = encode_documents(documents, tokenizer, context, option)
 
     @property
     def num_tokens(self) -> int:

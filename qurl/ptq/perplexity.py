@@ -56,14 +56,14 @@ def replace_linears(
         module.forward = partial(decoded_linear, shared if activations else None, weight, module.bias)
 
 
-def encode_documents(documents: Sequence[str], tokenizer: Any, context: int) -> list[list[list[int]]]:
+def encode_documents(documents: Sequence[str], tokenizer: Any, context: int, option: str = "--text") -> list[list[list[int]]]:
     """Windows of at most `context` token ids of each document that has two tokens or more; each document ends with the
     tokenizer's end token, where it has one. Raises ValueError where none is left."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = [[*tokenizer.encode(document), *end] for document in documents]
     windows = [[ids[i : i + context] for i in range(0, len(ids), context) if len(ids) - i > 1] for ids in encoded]
     if not (windows := [cut for cut in windows if cut]):
-        raise ValueError("--text: no document has two tokens")
+        raise ValueError(f"{option}: no document has two tokens")
     return windows
 
 

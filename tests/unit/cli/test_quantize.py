@@ -4,8 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qurl.cli.main import main
+from qurl.data.documents import load_documents
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +53,49 @@ def test_both_commands_measure_the_same_and_a_second_call_changes_nothing(worksp
     assert main(bench) == 0 and journal.stat().st_mtime_ns == before
 
 
+def test_outputs_are_measured_on_calibration_data(workspace, capsys):
+    command = ["quantize", "tiny", "measured", "--format", "int8", "--calibration", "text.jsonl", "--num-calibration", "3"]
+    assert main(command) == 0
+    assert "output NMSE" in capsys.readouterr().out
+    found = json.loads((workspace / "measured" / "report.json").read_text())["calibration"]
+    assert found["documents"] == 3 and len(found["output_nmse"]) == 14
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("tiny", dtype=torch.float32), AutoTokenizer.from_pretrained("tiny")
+    layer = model.model.layers[0].self_attn.q_proj
+    inputs = []
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0].double()))
+    for text in load_documents("text.jsonl", "--text")[:3]:
+        model(torch.tensor([[*tokenizer.encode(text), tokenizer.eos_token_id]]))
+    x, weight = torch.cat(inputs).detach(), layer.weight.detach().double()
+    scales = [rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127 for rows in (x, weight)]
+    rounded, decoded = ((rows / scale).round() * scale for rows, scale in zip((x, weight), scales, strict=True))
+    exact = x @ weight.T
+    nmse = float((rounded @ decoded.T - exact).square().sum() / exact.square().sum())
+    assert found["output_nmse"]["model.layers.0.self_attn.q_proj"] == pytest.approx(nmse, rel=0.02)
+
+
+def test_codebooks_are_found_on_calibration_data_once(workspace, capsys):
+    command = ["quantize", "tiny", "own", "--format", "lobcq", "--calibration", "text.jsonl", "--num-calibration", "3",
+               "--ignore", "re:.*mlp", "--ignore", "re:.*layers.1", "--per"]  # fmt: skip
+    assert main([*command, "layer"]) == 0
+    files = [workspace / "own.codebooks.json", workspace / "own" / "report.json"]
+    before = [file.read_bytes() for file in files]
+    made = files[0].stat().st_mtime_ns
+    assert json.loads(before[0])["sha256"] == json.loads(before[1])["settings"]["codebooks"]
+    assert main([*command, "layer"]) == 0
+    assert [file.read_bytes() for file in files] == before and files[0].stat().st_mtime_ns == made
+    assert main([*command, "operand"]) == 2
+    assert "own.codebooks.json was made by `qurl calibrate tiny own.codebooks.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
+        (["quantize", "tiny", "x", "--format", "int8", "--calibration", "absent.txt"], "--calibration='absent.txt' cannot be read"),
+        (["quantize", "tiny", "x", "--format", "int8", "--num-calibration", "0"], "--num-calibration 0"),
+        (["quantize", "tiny", "x", "--format", "int8", "--per", "layer"], "--per layer: --format int8 has no codebooks"),
+        (["quantize", "tiny", "x", "--format", "lobcq", "--per", "layer"], "--per layer finds codebooks on text"),
+        (["quantize", "tiny", "x", "--format", "lobcq_w4a16", "--per", "operand"], "leaves activations as they are"),
+        (["quantize", "tiny", "x", "--format", "lobcq", "--per", "layer", "--codebooks", "b.json"], "leave one of them out"),
         (["quantize", "tiny", "x", "--format", "int9"], "--format int9: nothing to quantize to; use one of int8"),
         (["quantize", "tiny", "x", "--format", "none"], "--format none"),
         (["quantize", "/nowhere", "x", "--format", "int8"], "/nowhere is no Hugging Face folder"),
