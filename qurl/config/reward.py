@@ -13,5 +13,5 @@ class RewardConfig:
     function: str = "math"  # key of qurl.rewards.REWARDS or package.module:attribute or path/to/file.py:attribute
     kwargs: dict[str, Any] = field(default_factory=dict)
     num_workers: int = 1
-    timeout_s: float = 10.0  # per response, imports at the top of its module not counted; then the process is killed, an error counted
+    timeout_s: float = 10.0  # per response, what its module imports at the top not counted; then the process is killed: an error
     max_error_fraction: float = 0.1  # of an iteration's responses; more stops the run with exit code 3
