@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Collection, Sequence
@@ -17,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qurl.config import LearnerConfig, LearnerDtype
 from qurl.learner.deepspeed_config import deepspeed_config
-from qurl.learner.native_op import build
 
 
 def join_process_group(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
@@ -32,8 +30,6 @@ def join_process_group(rank: int, world_size: int, address: str, port: int, devi
     found = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if found != (rank, world_size):
         raise RuntimeError(f"this process is rank {found[0]} of {found[1]} already; it cannot be rank {rank} of {world_size}")
-    if device.type == "cpu":
-        build(importlib.import_module("deepspeed.comm.torch").build_shm_op)  # as an attribute, deepspeed.comm.torch is torch
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
 
 
@@ -138,5 +134,6 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of tensor-parallel inference alone, and a minute's compiling
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed

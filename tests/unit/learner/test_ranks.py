@@ -43,7 +43,7 @@ def train(learner, rank, num_ranks):
 
 
 def run_rank(rank, port, model_folder, folder):
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
     import deepspeed  # noqa: F401
 
     gc.freeze()  # as in conftest.py
@@ -120,6 +120,10 @@ def test_spreading_samples_over_ranks_changes_no_gradient(one_rank, two_ranks):
         for name, expected in one_rank["gradients"].items():
             bound = 1e-5 * expected.abs().max().item()  # float32 sums in another order
             torch.testing.assert_close(found["gradients"][name], expected, rtol=0, atol=bound, msg=name)
+
+
+def test_a_rank_waits_for_no_compiler(two_ranks):
+    assert not (two_ranks[0] / "compiled").exists()
 
 
 @pytest.mark.parametrize("case", ["everything", "critic"])
