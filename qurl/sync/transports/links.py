@@ -149,7 +149,8 @@ class _Link:
             torch.cuda.set_device(self._device)
         acknowledgement = self._engine.receive_bucket.remote(bucket).future()
         if self._group is None:
-            self._group = _connect(self._backend, dist.PrefixStore(self._key, self._store), SENDER, self._timeout_s)
+            store = self._store.clone()  # a connection that waits for its engine lets no other thread through
+            self._group = _connect(self._backend, dist.PrefixStore(self._key, store), SENDER, self._timeout_s)
         sending = self._group.send([buffer], RECEIVER, bucket.index)
         acknowledgement.result(timeout=self._timeout_s)
         sending.wait()

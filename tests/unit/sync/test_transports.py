@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,25 @@ def test_a_gloo_link_that_broke_is_built_anew():
     assert "never received" in sender.send(2, iter(make_weights().items()), [engine]).failed[0]
     update(sender, engine, 3, make_weights(3))
     assert same_bits(engine.installer.tensors, encoded(make_weights(3)))
+
+
+def test_an_engine_that_is_busy_with_another_rank_keeps_no_other_engine_waiting():
+    """Two ranks whose buckets reach two engines in opposite order would wait for each other without end."""
+    is_served = threading.Event()
+
+    class Announcing(LocalEngine):
+        def _receive(self, bucket):
+            super()._receive(bucket)
+            is_served.set()
+
+    def wait(bucket):
+        assert is_served.wait(15)
+        return bucket
+
+    busy, idle = LocalEngine(tamper=wait), Announcing()
+    for engine in (busy, idle):
+        engine.begin_weight_update.remote(1).future().result()
+    assert not make_sender(transport="gloo").send(1, iter(make_weights().items()), [busy, idle]).failed
 
 
 def test_shared_memory_is_empty_after_each_update_whether_it_succeeded_or_not(shared_folder):
