@@ -124,7 +124,7 @@ class _Link:
     def __init__(self, backend: str, store: dist.TCPStore, engine: EngineHandle, timeout_s: float):
         self.is_broken = False
         self._backend = backend
-        self._store = store
+        self._store: Any = store  # torch's types know no clone()
         self._engine = engine
         self._timeout_s = timeout_s
         self._key = uuid.uuid4().hex
