@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from qurl.errors import ConfigError
 
 if TYPE_CHECKING:
     from qurl.ptq.calibration import FoundSet
-    from qurl.quantization.lobcq import Layout
+    from qurl.quantization.lobcq import CodebookSets, Layout
 
 LAYOUT = {
     "block": "L_b, inputs that share a codebook", "array": "L_A, inputs that share a scale", "num_codebooks": "N_c",
@@ -59,27 +58,21 @@ def main(args: argparse.Namespace) -> int:
     """Returns 0. Raises ValueError for a model or text that cannot be read, or a layout that does not fit."""
     from qurl.cli.text_options import check_text_options
     from qurl.locks import only_writer
+    from qurl.quantization.lobcq.codebook_sets import save_codebook_sets
 
     check_text_options(args)
-    _check(args)
+    check_options(args)
     with only_writer(args.out):
         if args.out.exists():
             raise ConfigError(f"{args.out} exists; name a new file")
-        _calibrate(args)
+        journal = args.out.with_name(args.out.name + ".unfinished")
+        save_codebook_sets(find_sets(args, journal), args.out, _command(args))
+        journal.unlink()
     print(args.out)
     return 0
 
 
-def calibrate_once(args: argparse.Namespace) -> None:
-    """As main, for another command that needs the file: where the same arguments have made it, it stays as it is."""
-    _check(args)
-    if not args.out.exists():
-        _calibrate(args)
-    elif (found := json.loads(args.out.read_text()).get("command")) != (wanted := _command(args)):
-        raise ConfigError(f"{args.out} was made by `{found}`, not by `{wanted}`; delete it, or name another OUT")
-
-
-def _check(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError for options that contradict each other, or make no layout."""
     _layouts(args)
     if not (args.model / "config.json").is_file():
@@ -102,15 +95,14 @@ def _layouts(args: argparse.Namespace) -> tuple[Layout, Layout]:
     return layout, replace(layout, codeword_bits=args.activation_codeword_bits or layout.codeword_bits)
 
 
-def _calibrate(args: argparse.Namespace) -> None:
+def find_sets(args: argparse.Namespace, journal: Path) -> CodebookSets:
+    """What the options ask for, all but args.out; see qurl.ptq.calibration.calibrated. Prints how it fits."""
     from qurl.cli.progress import progress_bar
     from qurl.ptq.calibration import ACTIVATIONS, WEIGHTS, Per, calibrated
     from qurl.ptq.evaluation import Text
-    from qurl.quantization.lobcq.codebook_sets import save_codebook_sets
 
     layout, activations = _layouts(args)
     text = Text(args.model, args.text, args.max_documents, args.context) if args.text else None
-    journal = args.out.with_name(args.out.name + ".unfinished")
     with progress_bar("codebooks") as show:
         try:
             sets, found = calibrated(
@@ -119,9 +111,8 @@ def _calibrate(args: argparse.Namespace) -> None:
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(str(error).replace("quantization.rotation=", "--rotation ")) from error
-    save_codebook_sets(sets, args.out, _command(args))
-    journal.unlink()
     _print(found)
+    return sets
 
 
 def _print(found: Sequence[FoundSet]) -> None:

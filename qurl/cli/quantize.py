@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-calibration", type=int, default=NUM_CALIBRATION, metavar="N",
         help=f"the first documents of --calibration; default {NUM_CALIBRATION}")  # fmt: skip
     add("--per", choices=PER,
-        help="find codebooks of LO-BCQ on --calibration, as `qurl calibrate`, and keep them in OUT.codebooks.json")  # fmt: skip
+        help="find codebooks of LO-BCQ on --calibration, as `qurl calibrate` does; OUT holds them")  # fmt: skip
     add_text_options(parser, required=False)
     parser.epilog = EPILOG
 
@@ -122,19 +122,18 @@ def _check_calibration(args: argparse.Namespace) -> None:
 
 
 def _found_codebooks(args: argparse.Namespace, source: Path) -> Any:
-    """The content of OUT.codebooks.json, which is made where it is missing."""
-    from qurl.cli.calibrate import calibrate_once
-    from qurl.config.codebooks_file import resolved_codebooks
+    """The content that --codebooks would read from a file; sets are kept beside OUT as they are found."""
+    from qurl.cli.calibrate import check_options, find_sets
     from qurl.quantization import FORMATS
 
-    file = args.out.with_name(f"{args.out.name}.codebooks.json")
     format: Any = FORMATS[args.format]
     text = {"operands": "weights", "text": None} if format.keeps_activations else {"operands": "both", "text": args.calibration}
-    calibrate_once(argparse.Namespace(
-        model=source, out=file, per=args.per, max_documents=args.num_calibration, context=args.context, rotation=args.rotation,
+    options = argparse.Namespace(
+        model=source, per=args.per, max_documents=args.num_calibration, context=args.context, rotation=args.rotation,
         ignore=args.ignore, activation_codeword_bits=None, seed=0, **text, **asdict(format.layout),
-    ))  # fmt: skip
-    return resolved_codebooks(str(file), "--per")
+    )  # fmt: skip
+    check_options(options)
+    return find_sets(options, args.out.with_name(f"{args.out.name}.codebooks.jsonl")).content
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qurl.cli.main import main
 from qurl.data.documents import load_documents
+from qurl.quantization.lobcq.codebook_sets import codebook_sets_of
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +78,14 @@ def test_codebooks_are_found_on_calibration_data_once(workspace, capsys):
     command = ["quantize", "tiny", "own", "--format", "lobcq", "--calibration", "text.jsonl", "--num-calibration", "3",
                "--ignore", "re:.*mlp", "--ignore", "re:.*layers.1", "--per"]  # fmt: skip
     assert main([*command, "layer"]) == 0
-    files = [workspace / "own.codebooks.json", workspace / "own" / "report.json"]
-    before = [file.read_bytes() for file in files]
-    made = files[0].stat().st_mtime_ns
-    assert json.loads(before[0])["sha256"] == json.loads(before[1])["settings"]["codebooks"]
+    files = [workspace / "own.codebooks.jsonl", workspace / "own" / "report.json"]
+    before, made = [file.read_bytes() for file in files], files[0].stat().st_mtime_ns
+    settings = json.loads((workspace / "own" / "config.json").read_text())["quantization_config"]
+    assert codebook_sets_of(settings["codebooks"], "config.json").sha256 == json.loads(before[1])["settings"]["codebooks"]
     assert main([*command, "layer"]) == 0
     assert [file.read_bytes() for file in files] == before and files[0].stat().st_mtime_ns == made
-    assert main([*command, "operand"]) == 2
-    assert "own.codebooks.json was made by `qurl calibrate tiny own.codebooks.json" in capsys.readouterr().err
+    assert main([*command, "operand"]) == 2  # other codebooks
+    assert "own holds a checkpoint of other arguments (codebooks: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
