@@ -3,6 +3,8 @@
 # make test         unit and end-to-end tests;  make check: lint, types, layers, unit tests
 
 SHELL := /bin/bash
+# Each process that compiles a module writes its bytecode, so that the next one need not.
+export PYTHONDONTWRITEBYTECODE :=
 QURL := .venv/bin/qurl
 PYTHON := .venv/bin/python
 
