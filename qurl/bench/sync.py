@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qurl.actors import portable_errors
 from qurl.config.sync import SyncConfig
 from qurl.quantization import FORMATS
 from qurl.sync import SendReport, WeightReceiver, WeightSender, publish
@@ -120,6 +121,7 @@ class CopyingInstaller:
         """Nothing to complete."""
 
 
+@portable_errors
 class _Engine:
     """A receiver in a Ray actor."""
 

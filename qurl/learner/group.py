@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from qurl.actors import portable_errors
 from qurl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
 from qurl.errors import remote_cause
 from qurl.learner.splitting import split_for_ranks
@@ -31,6 +32,7 @@ class LearnerDied(RuntimeError):
     """A learner rank's process is gone."""
 
 
+@portable_errors
 class LearnerRank:
     """Body of the Ray actor of one rank; a shell around Learner, imported only there because deepspeed comes with it."""
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import ray
 
+from qurl.actors import portable, portable_errors
 from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
-from qurl.rollout.engine import EngineStatus, RolloutEngine
+from qurl.rollout.engine import EngineFailed, EngineStatus, RolloutEngine
 from qurl.rollout.request import GenerationRequest
 from qurl.types import Rollout, TensorRecord
 
 MAX_CONCURRENCY = 4096  # calls of one actor that may wait at the same time
 
 
+@portable_errors
 class EngineActor:
     """Async methods, so that status answers while the engine computes. `start` first: what it raises is the engine's own
     exception, while Ray turns one of a constructor into text."""
@@ -30,7 +32,9 @@ class EngineActor:
 
     @ray.method(num_returns="streaming")
     async def generate(self, requests: list[GenerationRequest]) -> AsyncIterator[tuple[str, list[Rollout] | Exception]]:
-        """(request id, all samples in sample order or why vLLM refused the prompt), each as soon as it is done."""
+        """(request id, all samples in sample order or why vLLM refused the prompt), each as soon as it is done.
+
+        Raises EngineFailed where a step of the engine raises."""
         futures = [asyncio.wrap_future(future) for future in self._engine.generate(requests)]
         names = {future: request.request_id for future, request in zip(futures, requests, strict=True)}
         waiting = set(futures)
@@ -38,7 +42,9 @@ class EngineActor:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 error = future.exception()
-                yield names[future], error if isinstance(error, Exception) else future.result()
+                if isinstance(error, EngineFailed):
+                    raise error
+                yield names[future], portable(error) if isinstance(error, Exception) else future.result()
 
     async def begin_weight_update(self, version: int) -> None:
         """See RolloutEngine."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from qurl.actors import portable
 from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
+from qurl.errors import one_line
 from qurl.rollout.request import GenerationRequest
 from qurl.types import Rollout, TensorRecord
 
@@ -38,6 +41,18 @@ class EngineStatus:
     busy_s: float  # seconds that the engine thread's current step or call has lasted; 0 where it waits for one
     weight_version: int | None  # None: not ready to sample
     waiting_for: list[str]  # request ids under way
+
+
+class EngineFailed(RuntimeError):
+    """A step of an engine raised: whatever it holds is not to be relied on, and it answers nothing any more."""
+
+    def __init__(self, cause: str, engine_id: str, host: str):
+        super().__init__(cause, engine_id, host)  # all three, so that it survives pickling
+        self.cause_text = cause  # class and text of what the step raised
+
+    def __str__(self) -> str:
+        cause, engine_id, host = self.args
+        return f"engine {engine_id} on {host}: {cause}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,12 +100,14 @@ class RolloutEngine:
     # ---- called from any thread -------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Future[list[Rollout]]]:
-        """For each request all its samples, in sample order. A future fails with what vLLM raises where it refuses the prompt.
+        """For each request all its samples, in sample order. A future fails with what vLLM raises where it refuses the prompt, and
+        with EngineFailed where a step raises.
 
         Requests given together join the batch in the same step: what is computed together, and with it the last bit of a logprob,
         then does not depend on how fast they were handed over."""
         futures: list[Future[list[Rollout]]] = [Future() for _ in requests]
-        self._call(lambda: self._add_all(requests, futures))
+        call = self._call(lambda: self._add_all(requests, futures))
+        call.add_done_callback(lambda done: _fail(futures, done.exception()))  # of an engine that has failed before
         return futures
 
     def abort_all(self) -> Future[None]:
@@ -166,7 +183,25 @@ class RolloutEngine:
             self._take_calls()
             if self._version is not None and self._samples:
                 self._busy_since = time.monotonic()
-                self._step()
+                try:
+                    self._step()
+                except BaseException as error:  # trust boundary: the thread must not end in silence, whatever a kernel raises
+                    self._serve_failure(error)
+
+    def _serve_failure(self, error: BaseException) -> None:
+        """Fail everything under way and every later call with what the step raised, until the engine is closed."""
+        logger.error("engine %s: a step raised", self.engine_id, exc_info=error)
+        text, name = one_line(portable(_as_exception(error))), type(error).__name__
+        cause = text if text.startswith(name) else f"{name}: {text}"
+        failure = EngineFailed(cause, self.engine_id, socket.gethostname())
+        self._version, self._busy_since = None, None
+        futures = [pending.future for pending in self._pending.values()]
+        self._pending.clear()
+        self._samples.clear()
+        _fail(futures, failure)
+        while not self._stopping:
+            _, future = self._calls.get()
+            future.set_exception(failure)
 
     def _take_calls(self) -> None:
         """Run queued calls; waits for one where there is nothing to sample."""
@@ -180,8 +215,8 @@ class RolloutEngine:
             self._busy_since = time.monotonic()
             try:
                 future.set_result(function())
-            except Exception as error:  # a call's failure belongs to its caller; the thread lives on
-                future.set_exception(error)
+            except BaseException as error:  # a call's failure belongs to its caller; the thread lives on
+                future.set_exception(_as_exception(error))
             idle = False
 
     def _step(self) -> None:
@@ -273,3 +308,15 @@ class RolloutEngine:
 
         self._version = None  # the weights are those of a version that was sampled with other blocks
         return switch_precision(self._engine, precision)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """An error that a future can carry to another thread without ending it, as SystemExit would."""
+    return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}".rstrip(": "))
+
+
+def _fail(futures: Sequence[Future[Any]], error: BaseException | None) -> None:
+    """Give the error, where there is one, to every future that is still waited for."""
+    for future in futures:
+        if error is not None and not future.done():
+            future.set_exception(error)

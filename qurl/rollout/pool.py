@@ -2,7 +2,8 @@
 
 One queue feeds all engines. A prompt is handed to the engine with the fewest samples under way, and only while that engine has
 room, so a slow engine takes less and a dead one loses little. A prompt whose engine is lost goes back to the queue under the same
-request id and seeds; its future is resolved once, by whichever attempt ends first.
+request id and seeds; its future is resolved once, by whichever attempt ends first. Where an engine is lost to an exception that
+another one raised before (EngineErrors), a third would not help: the pool ends with that exception.
 
 Watcher task: consumes engine statuses, produces replacements, waits for POLL_S, woken by the clock."""
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from ray.exceptions import RayActorError, RayError
 
 from qurl.config import RolloutConfig
 from qurl.errors import GuardStop, one_line, remote_cause
+from qurl.rollout.engine import EngineFailed
+from qurl.rollout.engine_errors import EngineErrors
 from qurl.rollout.request import GenerationRequest, Sampling, sample_seed
 from qurl.types import Prompt, Rollout, RolloutGroup
 
@@ -35,6 +38,8 @@ class _Engine:
     handle: Any
     ready: bool = False  # holds the published weights
     load: int = 0  # samples under way
+    has_answered: bool = False  # whether it finished any request
+    under_way: set[str] = field(default_factory=set)  # request ids
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -46,6 +51,10 @@ class _Work:
 
 class PoolFailed(GuardStop):
     """More engines were lost than rollout.max_engine_restarts allows."""
+
+
+class EnginesKeepFailing(RuntimeError):
+    """Two engines were lost to the same exception, which the message quotes."""
 
 
 class RolloutPool:
@@ -67,7 +76,8 @@ class RolloutPool:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._room = asyncio.Event()
         self._num_started = 0
-        self._failure: PoolFailed | None = None
+        self._failure: PoolFailed | EnginesKeepFailing | None = None
+        self._errors = EngineErrors()
         self._closing = False
         self.refresh: Callable[[Any, Callable[[], None]], Awaitable[None]] | None = None
         self.num_restarts = 0
@@ -102,7 +112,8 @@ class RolloutPool:
         try:
             await engine.handle.set_precision.remote(precision)
         except RayError as error:
-            self._lose(engine, f"it did not take quantization.precision={precision} ({one_line(remote_cause(error))})")
+            text = one_line(remote_cause(error))
+            self._lose(engine, f"it did not take quantization.precision={precision} ({text})", text)
 
     async def _started_engines(self) -> list[_Engine]:
         engines = [self._new_engine() for _ in range(self._config.num_engines)]
@@ -123,17 +134,21 @@ class RolloutPool:
         """Engines that take part in the next weight update."""
         return [engine.handle for engine in self._engines if not engine.lost.is_set()]
 
-    def mark_ready(self, failed: list[Any]) -> None:
-        """Called after a weight update: engines in `failed` are replaced, the others sample."""
+    def mark_ready(self, failed: list[Any], errors: Sequence[str] = ()) -> None:
+        """Called after a weight update: engines in `failed` are replaced, the others sample. errors: what the first of `failed`
+        raised; "" of one that did not answer."""
+        texts = [*errors, *[""] * (len(failed) - len(errors))]
         for engine in list(self._engines):
             if engine.handle in failed:
-                self._lose(engine, "it rejected the weight update")
+                text = texts[failed.index(engine.handle)]
+                self._lose(engine, "it rejected the weight update" + (f": {text}" if text else ""), text)
             else:
                 engine.ready = True
         self._dispatch()
 
     async def generate(self, prompt: Prompt, sampling: Sampling, num_samples: int, *, request_id: str) -> RolloutGroup:
-        """Sample a group. request_id: unique among requests under way; names the seeds. Raises PoolFailed or ValueError."""
+        """Sample a group. request_id: unique among requests under way; names the seeds. Raises PoolFailed, EnginesKeepFailing, or
+        what vLLM raises where it refuses the prompt."""
         seeds = [sample_seed(self._run_seed, request_id, index) for index in range(num_samples)]
         request = GenerationRequest(request_id=request_id, token_ids=prompt.token_ids, seeds=seeds, sampling=sampling)
         if self._failure is not None:
@@ -171,6 +186,7 @@ class RolloutPool:
             work = self._queue.pop(0)
             engine = min(engines, key=lambda e: e.load)
             engine.load += len(work.request.seeds)
+            engine.under_way.add(work.request.request_id)
             shares.setdefault(engine, []).append(work)
         for engine, share in shares.items():
             self._spawn(self._run({work.request.request_id: work for work in share}, engine))
@@ -182,11 +198,12 @@ class RolloutPool:
         try:
             await asyncio.wait({answers, lost}, return_when=asyncio.FIRST_COMPLETED)
             if answers.done() and (error := answers.exception()) is not None:
-                self._lose(engine, "its process died" if isinstance(error, RayActorError) else str(error))
+                self._lose_to(engine, error)
         finally:
             lost.cancel()
             answers.cancel()
             for work in reversed(share.values()):
+                engine.under_way.discard(work.request.request_id)
                 engine.load -= len(work.request.seeds)
                 self._redispatch(work)
             self._dispatch()
@@ -196,6 +213,8 @@ class RolloutPool:
         async for reference in engine.handle.generate.remote([work.request for work in share.values()]):
             request_id, answer = await reference
             work = share.pop(request_id)
+            engine.has_answered = True
+            engine.under_way.discard(request_id)
             engine.load -= len(work.request.seeds)
             if not work.future.done():
                 work.future.set_exception(answer) if isinstance(answer, Exception) else work.future.set_result(answer)
@@ -230,8 +249,17 @@ class RolloutPool:
         if status.busy_s > limit:
             self._lose(engine, f"one step has lasted {status.busy_s:.0f} s (rollout.engine_timeout_s={limit:g})")
 
-    def _lose(self, engine: _Engine, reason: str) -> None:
-        """Kill an engine and start its successor; once per engine."""
+    def _lose_to(self, engine: _Engine, error: BaseException) -> None:
+        """Lose an engine whose answers ended with an error."""
+        if isinstance(error, RayActorError):
+            self._lose(engine, "its process died")
+            return
+        cause = remote_cause(error)
+        text = cause.cause_text if isinstance(cause, EngineFailed) else one_line(cause)
+        self._lose(engine, f"a step raised ({one_line(cause)})", text)
+
+    def _lose(self, engine: _Engine, reason: str, error: str = "") -> None:
+        """Kill an engine and start its successor; once per engine. error: the exception that it was lost to, if any."""
         if engine.lost.is_set():
             return
         engine.lost.set()
@@ -239,12 +267,16 @@ class RolloutPool:
         if engine in self._engines:
             self._engines.remove(engine)
         ray.kill(engine.handle)
+        if error and self._errors.is_repeated(error, is_fresh=not engine.has_answered, under_way=engine.under_way):
+            self._fail(EnginesKeepFailing(f"engine {engine.engine_id} was lost: {reason}; an engine before it was lost to the same "
+                                          "exception, so another one is not started"))
+            return
         self.num_restarts += 1
         if self.num_restarts > self._config.max_engine_restarts:
-            self._fail(f"engine {engine.engine_id} was lost: {reason}; rollout.max_engine_restarts="
-                       f"{self._config.max_engine_restarts} is used up")  # fmt: skip
+            self._fail(PoolFailed(f"engine {engine.engine_id} was lost: {reason}; rollout.max_engine_restarts="
+                                  f"{self._config.max_engine_restarts} is used up"))
             return
-        logger.warning("engine %s was lost: %s; starting another", engine.engine_id, reason)
+        logger.error("engine %s was lost: %s; starting another", engine.engine_id, reason)
         self._start_successor()
 
     def _start_successor(self) -> None:
@@ -259,7 +291,8 @@ class RolloutPool:
             assert self.refresh is not None, "the trainer sets refresh before anything is sampled"
             await self.refresh(engine.handle, lambda: self._adopt(engine))
         except (RayError, RuntimeError) as error:
-            self._lose(engine, f"it did not start ({one_line(remote_cause(error))})")
+            text = one_line(remote_cause(error))
+            self._lose(engine, f"it did not start ({text})", "" if isinstance(error, RayActorError) else text)
         finally:
             self._joining.discard(engine)
 
@@ -275,9 +308,12 @@ class RolloutPool:
         self._num_started += 1
         return _Engine(engine_id=engine_id, handle=self._start_actor(engine_id))
 
-    def _fail(self, message: str) -> None:
-        self._failure = PoolFailed(message)
-        logger.error("%s", message)
+    def _fail(self, failure: PoolFailed | EnginesKeepFailing) -> None:
+        """End with `failure`; engines that are left go on with nothing but weight updates."""
+        if self._failure is not None:
+            return
+        self._failure = failure
+        logger.error("%s", failure)
         for work in self._queue:
             if not work.future.done():
                 work.future.set_exception(self._failure)

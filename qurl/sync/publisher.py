@@ -18,6 +18,8 @@ from qurl.sync.protocol import EngineHandle, RemoteResult
 from qurl.sync.sender import SendReport, last_line
 
 logger = logging.getLogger(__name__)
+LOST = ("ActorDiedError", "ActorUnavailableError", "RayActorError")
+"""Ray's words for an engine that answers nothing any more."""
 
 
 class WeightSource(Protocol):
@@ -33,6 +35,7 @@ class PublishReport:
 
     metrics: dict[str, Metric]
     failed_engines: list[EngineHandle]  # do not hold the version and should be replaced
+    errors: list[str]  # what each of them raised; "" of one that is lost or did not answer
 
 
 @dataclass(slots=True)
@@ -80,7 +83,10 @@ async def publish(
     for index, reason in given_up.items():
         logger.error("engine %d does not hold version %d and is given up: %s", index, version, reason)
     metrics = _metrics(version, first_report, max(install_s), retries)
-    return PublishReport(metrics=metrics, failed_engines=[engines[index] for index in sorted(given_up)])
+    failed = sorted(given_up)
+    errors = [failures.retriable.get(index, "") for index in failed]
+    errors = ["" if text.startswith(LOST) else text for text in errors]
+    return PublishReport(metrics=metrics, failed_engines=[engines[index] for index in failed], errors=errors)
 
 
 async def _begin(

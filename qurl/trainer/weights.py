@@ -52,7 +52,7 @@ class PublishedWeights:
         report = await publish(version, self._learner, handles, config=self._config)
         failed = report.failed_engines + await self._audit(version, [h for h in handles if h not in report.failed_engines])
         self.version = version
-        self._pool.mark_ready(failed)
+        self._pool.mark_ready(failed, report.errors)
         return report.metrics
 
     async def switch(self, fallen_back: bool) -> None:
@@ -96,7 +96,7 @@ class PublishedWeights:
             if self.version >= 0:
                 report = await publish(self.version, self._learner, [engine], config=self._config, full=True)
                 if report.failed_engines:
-                    raise RuntimeError("the new engine rejected the published weights")
+                    raise RuntimeError(report.errors[0] or "it did not answer while the published weights were sent")
             adopt()
 
     async def wait_for(self, version: int) -> None:

@@ -9,8 +9,8 @@ from ray.exceptions import RayActorError, RayError
 
 from qurl.config import RolloutConfig
 from qurl.rollout import pool as pool_module
-from qurl.rollout.engine import EngineStatus
-from qurl.rollout.pool import PoolFailed, RolloutPool
+from qurl.rollout.engine import EngineFailed, EngineStatus
+from qurl.rollout.pool import EnginesKeepFailing, PoolFailed, RolloutPool
 from qurl.rollout.request import Sampling, sample_seed
 from qurl.types import Prompt, Rollout
 
@@ -32,6 +32,7 @@ class FakeEngine:
         self.dead = asyncio.Event()
         self.busy_s = 0.0
         self.answers = True
+        self.raises = None  # text of what its step raises
         self.generate = SimpleNamespace(remote=self._generate)
         self.start = self.status = Method(self._status)
         self.precisions = []
@@ -48,6 +49,8 @@ class FakeEngine:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if self.dead.is_set():
             raise RayActorError
+        if self.raises is not None:
+            raise EngineFailed(self.raises, self.engine_id, "host")
         return request.request_id, [
             Rollout(sample_index=i, token_ids=[5, 1], rollout_logprobs=[-1.0, -2.0], weight_versions=[0, 0], finish_reason="stop",
                     text="", engine_id=self.engine_id, seed=seed)
@@ -221,6 +224,97 @@ def test_the_pool_gives_up_after_max_engine_restarts(monkeypatch):
                 await work
             with pytest.raises(PoolFailed):
                 await bench.ask("b")
+
+    asyncio.run(scenario())
+
+
+def test_a_step_that_raises_sends_the_prompts_to_another_engine_at_once(monkeypatch, caplog):
+    async def scenario():
+        async with Bench(monkeypatch, num_engines=1) as bench:
+            work = [bench.ask("a"), bench.ask("b")]
+            await until(lambda: len(bench.engines[0].requests) == 2)
+            bench.engines[0].raises = "RuntimeError: out of memory (2.5 GiB)"
+            bench.engines[0].release.set()
+            await until(lambda: len(bench.engines) == 2 and len(bench.engines[1].requests) == 2)
+            bench.engines[1].release.set()
+            groups = await asyncio.gather(*work)
+            assert {r.engine_id for g in groups for r in g.rollouts} == {"1"} and bench.pool.num_restarts == 1
+
+    asyncio.run(scenario())
+    raised = "engine 0 on host: RuntimeError: out of memory (2.5 GiB)"
+    assert f"engine 0 was lost: a step raised ({raised}); starting another" in caplog.text
+
+
+@pytest.mark.parametrize("num_engines", [1, 2])
+def test_the_same_exception_from_a_fresh_engine_ends_the_run_with_its_message(monkeypatch, num_engines):
+    async def scenario():
+        async with Bench(monkeypatch, num_engines=num_engines) as bench:
+            started = bench._start
+
+            def start(engine_id):
+                fake = started(engine_id)
+                fake.raises = f"ValueError: no kernel for heads of 16 at 0x7f{engine_id}"
+                fake.release.set()
+                return fake
+
+            await bench.pool.restart(start)
+            bench.pool.mark_ready([])
+            with pytest.raises(EnginesKeepFailing, match="ValueError: no kernel for heads of 16") as raised:
+                await asyncio.gather(bench.ask("a"), bench.ask("b"))
+            assert not isinstance(raised.value, PoolFailed)  # a guard's exit code would be another one
+            assert bench.pool.num_restarts == 1
+            with pytest.raises(EnginesKeepFailing):
+                await bench.ask("c")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("second", "same_prompt", "ends"), [("KeyError: 1", True, True), ("KeyError: 2", False, False), ("OSError", True, False)]
+)
+def test_an_engine_that_has_worked_is_replaced_unless_one_prompt_breaks_every_engine(monkeypatch, second, same_prompt, ends):
+    async def scenario():
+        async with Bench(monkeypatch, num_engines=1) as bench:
+            poison = bench.ask("poison")
+            await until(lambda: bench.engines[0].requests)
+            bench.engines[0].raises = "KeyError: 0"
+            bench.engines[0].release.set()
+            await until(lambda: len(bench.engines) == 2 and bench.engines[1].requests)
+            if same_prompt:
+                bench.pool._engines[0].has_answered = True
+            else:
+                bench.engines[1].release.set()
+                await poison
+                bench.engines[1].release.clear()
+                poison = bench.ask("other")
+                await until(lambda: len(bench.engines[1].requests) == 2)
+            bench.engines[1].raises = second
+            bench.engines[1].release.set()
+            if ends:
+                with pytest.raises(EnginesKeepFailing):
+                    await poison
+                return
+            await until(lambda: len(bench.engines) == 3 and bench.engines[2].requests)
+            bench.engines[2].release.set()
+            assert (await poison).rollouts[0].engine_id == "2" and bench.pool.num_restarts == 2
+
+    asyncio.run(scenario())
+
+
+def test_successors_that_reject_the_same_update_end_the_run(monkeypatch):
+    async def scenario():
+        async with Bench(monkeypatch, num_engines=1) as bench:
+
+            async def refresh(handle, adopt):
+                raise RuntimeError("SyncError: the update brings 'x', which is no parameter")
+
+            bench.pool.refresh = refresh
+            work = bench.ask("a")
+            await until(lambda: bench.engines[0].requests)
+            bench.pool.mark_ready(bench.pool.handles, ["SyncError: the update brings 'x', which is no parameter"])
+            with pytest.raises(EnginesKeepFailing, match="the update brings 'x'"):
+                await work
+            assert len(bench.engines) == 2
 
     asyncio.run(scenario())
 

@@ -94,7 +94,7 @@ def test_an_engine_that_rejects_gets_the_whole_update_again_while_the_others_are
 def test_an_engine_that_keeps_rejecting_is_reported_after_max_retries(max_retries):
     learner, healthy, failing = LocalLearner(num_ranks=1), LocalEngine(), LocalEngine(tamper=lambda bucket: None)
     report = run(publish(1, learner, [failing, healthy], config=local_config(max_retries=max_retries)))
-    assert report.failed_engines == [failing]
+    assert report.failed_engines == [failing] and len(report.errors) == 1 and report.errors[0].startswith("SyncError: ")
     assert healthy.receiver.version == 1 and not failing.receiver.is_ready
     assert len(learner.calls) == 1 + max_retries
     assert reduce_metrics([report.metrics])["sync/retry_count"] == max_retries
@@ -114,7 +114,7 @@ def test_an_engine_that_hangs_is_given_up_without_a_retry(step):
     getattr(hanging, step).function = lambda *args: released.wait(60)
     report = run(publish(1, learner, [hanging, healthy], config=local_config(timeout_s=0.4)))
     released.set()
-    assert report.failed_engines == [hanging] and len(learner.calls) == 1
+    assert report.failed_engines == [hanging] and report.errors == [""] and len(learner.calls) == 1
     assert healthy.receiver.version == 1 and same_bits(healthy.installer.tensors, encoded(learner.weights))
 
 
