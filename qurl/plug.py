@@ -44,9 +44,15 @@ def _load_file(path: Path):
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    folder = str(path.parent)
+    sys.path.insert(0, folder)  # the file imports its neighbors as a script does
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]  # half a module must not answer the next call
         raise
+    finally:
+        sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)  # what it imports later; behind everything else, so that `utils` stays somebody else's
     return module

@@ -26,6 +26,7 @@ class Prompt:
     ground_truth: str
     data_source: str
     extra: dict[str, Any] = field(default_factory=dict)  # what else the row carried, handed to the reward function
+    truth: Any = None  # the ground truth as stored where it is an object, of which ground_truth is the JSON text; else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,12 @@ class RewardResult:
     value: float | None
     error: str | None = None  # "timeout after 10 s", "ValueError: ..."; counted, never silently 0
     elapsed_s: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)  # numbers a reward function returned beside its score
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the response counts as right: by the part `acc` (verl's) where there is one, else by a reward above 0."""
+        return self.value is not None and self.parts.get("acc", self.value) > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig
 from qurl.config.probe import ProbeConfig
 from qurl.config.quantization import QuantizationConfig, UpdateAwareness
-from qurl.config.reward import RewardConfig
+from qurl.config.reward import RewardConfig, Unpayable
 from qurl.config.rollout import RolloutConfig, StageConfig
 from qurl.config.run import CheckpointConfig, ClusterConfig, Device, EvaluationConfig, LoggingConfig, TrainConfig, WandbMode
 from qurl.config.sync import SyncConfig
@@ -30,5 +30,5 @@ __all__ = [
     "CriticConfig", "DataConfig", "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "GuardAction",
     "GuardConfig", "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig",
     "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "ProbeConfig", "QuantizationConfig", "Rejection", "RewardConfig",
-    "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig", "UpdateAwareness", "WandbMode",
+    "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig", "Unpayable", "UpdateAwareness", "WandbMode",
 ]

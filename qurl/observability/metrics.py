@@ -62,7 +62,7 @@ METRICS: dict[str, str] = {
     "reward/error_count": "reward calls that raised, hung or returned a non-finite number",
     "reward/informative_group_fraction": "groups whose rewards are not all equal",
     "reward/overlong_penalty_mean": "mean length penalty added to the rewards, <= 0; only with algorithm.overlong.penalty_tokens",
-    "accuracy/train": "rollouts with reward > 0",
+    "accuracy/train": "rollouts with reward > 0, or with acc > 0 where a reward returns verl's dict with `acc`",
     "policy/loss": "policy loss, token-weighted",
     "policy/kl_loss": "KL term to the reference policy, before its coefficient",
     "policy/kl_reward": "estimate of KL(old || reference), nats per token, where it is placed in the reward",
@@ -137,9 +137,10 @@ METRICS: dict[str, str] = {
     "time/idle_s": "the rest: orchestration",
 }
 """Every key an iteration may log. Evaluations add `eval/<dataset>/` avg_at_k, response_length_mean, error_count and, with several
-samples per prompt, pass_at_k and maj_at_k; sync.track_updates adds `quantization/update_to_noise/<module>`."""
+samples per prompt, pass_at_k and maj_at_k; sync.track_updates adds `quantization/update_to_noise/<module>`; a reward that
+returns a dict adds the mean of each number beside its score as `reward/<name>`."""
 
-FAMILIES = ("eval/", "quantization/update_to_noise/")
+FAMILIES = ("eval/", "quantization/update_to_noise/", "reward/")
 """What keys begin with whose end depends on the run."""
 
 

@@ -10,6 +10,7 @@ from qurl.rewards.deepscaler import deepscaler
 from qurl.rewards.exact import exact
 from qurl.rewards.gsm8k import gsm8k
 from qurl.rewards.math import math
+from qurl.rewards.payment import payable
 from qurl.rewards.pool import RewardPool, check_reward_function
 from qurl.rewards.votes import VOTES
 
@@ -22,4 +23,4 @@ REWARDS: dict[str, Callable[..., float]] = {
     "math": math,
 }
 
-__all__ = ["REWARDS", "VOTES", "RewardPool", "check_reward_function"]
+__all__ = ["REWARDS", "VOTES", "RewardPool", "check_reward_function", "payable"]

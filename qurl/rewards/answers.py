@@ -8,7 +8,8 @@ import re
 MARKER = "####"  # GSM8K's mark of the final answer
 BOX = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{")
 FORMATTING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\[!,;: %$]|[\s$]")
-DECIMAL_ZEROS = re.compile(r"(-?[0-9]+)\.0{1,9}")
+WHOLE_NUMBER = re.compile(r"(-?)0{0,99}([0-9]{1,999})(?:\.0{1,9})?")
+THOUGHT = re.compile(r"</?think(?:ing)?>")
 WRAPPERS = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit)\{([^{}]*)\}")
 
 
@@ -40,20 +41,38 @@ def reference_answer(ground_truth: str) -> str:
 
 
 def accepted_answers(ground_truth: str) -> list[str]:
-    """The reference answer, or its alternatives where it is a list of strings written as Python writes one ("['2', '3']"); an
-    interval such as [0,3) or [1,2] is not such a list. ValueError where any is empty."""
-    truth = reference_answer(ground_truth)
-    answers = [truth]
-    if truth.startswith("[") and truth.endswith("]"):
+    """Return the answers in a ground truth, any of which counts: of a worked solution the final one, of a list all of them."""
+    return alternatives(reference_answer(ground_truth))
+
+
+def alternatives(truth: str) -> list[str]:
+    """Return the elements of a list of strings as Python or JSON writes it, each stripped; of any other text the text itself.
+
+    An interval such as [0,3) or [1,2] is not such a list. ValueError where any is empty.
+
+    Example:
+        >>> alternatives("['2', '3']"), alternatives("[2,3]")
+        (['2', '3'], ['[2,3]'])
+    """
+    answers = [truth.strip()]
+    if re.match(r"\[\s*['\"]", answers[0]) and answers[0].endswith("]"):
         try:
-            values = ast.literal_eval(truth)
+            values = ast.literal_eval(answers[0])
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             values = []
         if values and all(isinstance(value, str) for value in values):
             answers = [value.strip() for value in values]
     if not all(answers):
-        raise ValueError(f"the ground truth {ground_truth[:80]!r} holds no answer")
+        raise ValueError(f"the ground truth {truth[:80]!r} holds no answer")
     return answers
+
+
+def after_thought(response: str) -> str:
+    """Return what follows the last finished thought: "" where a thought is still open, all of it where there is none."""
+    marks = list(THOUGHT.finditer(response))
+    if not marks:
+        return response
+    return response[marks[-1].end() :] if marks[-1][0].startswith("</") else ""
 
 
 def boxed_answer(text: str) -> str | None:
@@ -63,9 +82,9 @@ def boxed_answer(text: str) -> str | None:
 
 
 def whole_number(answer: str) -> str:
-    """ "142.0" as "142"; any other text as it is."""
-    found = DECIMAL_ZEROS.fullmatch(answer)
-    return found[1] if found else answer
+    """Return "142" for "142.0" and for "0142"; any other text as it is. Data frames store integers so, AIME three digits."""
+    found = WHOLE_NUMBER.fullmatch(answer)
+    return found[1] * (found[2] != "0") + found[2] if found else answer
 
 
 def normalize_latex(answer: str) -> str:

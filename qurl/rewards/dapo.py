@@ -61,4 +61,4 @@ def normalize(answer: str) -> str:
     answer = re.sub(r"sqrt([^{])", r"sqrt{\1}", answer).replace("$", "")
     if answer.replace(",", "").removeprefix("-").isdigit():
         answer = answer.replace(",", "")
-    return whole_number(answer.strip())
+    return whole_number(answer.strip())  # AIME's 033 as well as a data frame's 33.0

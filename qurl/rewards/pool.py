@@ -23,7 +23,8 @@ from math import isfinite
 from multiprocessing.connection import Connection, Pipe
 
 from qurl.config import RewardConfig
-from qurl.types import Prompt, RewardResult, RolloutGroup, ScoredGroup
+from qurl.rewards.forms import WRONG
+from qurl.types import Prompt, RewardResult, Rollout, RolloutGroup, ScoredGroup
 
 START_TIMEOUT_S = 120.0  # to import the reward function's module
 
@@ -56,7 +57,7 @@ class RewardPool:
     async def score(self, group: RolloutGroup) -> ScoredGroup:
         """A reward or an error per rollout, in their order. RuntimeError where a worker cannot be replaced or the pool closes."""
         loop = asyncio.get_running_loop()
-        calls = [loop.run_in_executor(self._threads, self._score, rollout.text, group.prompt) for rollout in group.rollouts]
+        calls = [loop.run_in_executor(self._threads, self._score, rollout, group.prompt) for rollout in group.rollouts]
         return ScoredGroup(group=group, rewards=list(await asyncio.gather(*calls)))
 
     async def close(self) -> None:
@@ -65,10 +66,10 @@ class RewardPool:
             worker.close()
         await asyncio.to_thread(self._threads.shutdown)
 
-    def _score(self, response: str, prompt: Prompt) -> RewardResult:
+    def _score(self, rollout: Rollout, prompt: Prompt) -> RewardResult:
         worker = self._idle.get()  # as many threads as workers: one is idle
         try:
-            return worker.score(response, prompt)
+            return worker.score(rollout.text, prompt, rollout.finish_reason)
         finally:
             self._idle.put(worker)
 
@@ -90,6 +91,18 @@ def check_reward_function(config: RewardConfig, samples: Sequence[Prompt] = ()) 
                 )
     finally:
         worker.close()
+
+
+def unpaid_indices(config: RewardConfig, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[int]:
+    """Return the positions of the responses that get no positive reward, scored one after the other in one worker."""
+    worker = _Worker(config)
+    try:
+        worker.start()
+        pairs = zip(responses, prompts, strict=True)
+        values = [worker.score(response, prompt).value for response, prompt in pairs]
+    finally:
+        worker.close()
+    return [index for index, value in enumerate(values) if value is None or value <= 0]
 
 
 class _Worker:
@@ -119,18 +132,23 @@ class _Worker:
             raise ValueError(error)
         return connection
 
-    def score(self, response: str, prompt: Prompt) -> RewardResult:
-        """The reward of one response, or why there is none. Raises what start raises where a lost process cannot be replaced."""
-        connection = self._send((response, prompt))
+    def score(self, response: str, prompt: Prompt, finish_reason: str = "stop") -> RewardResult:
+        """The reward of one response, or why there is none. Raises what start raises where a lost process cannot be replaced.
+
+        An answer at which a reward of qurl's own spends all CPU time it is given cannot be compared: it is wrong, not an error."""
+        connection = self._send((response, prompt, finish_reason))
         begin = time.perf_counter()
         try:
             if connection.poll(self._config.timeout_s):
-                value, error, elapsed_s = connection.recv()
-                return RewardResult(value=value, error=error, elapsed_s=elapsed_s)
+                result: RewardResult = connection.recv()
+                return result
             self._lose()
             error = f"timeout after {self._config.timeout_s:g} s"
         except (EOFError, OSError):
-            error = f"the worker process died ({self._lose()})"
+            ending = self._lose()
+            if ending == "signal SIGXCPU" and self._config.function in WRONG:
+                return RewardResult(value=WRONG[self._config.function], elapsed_s=time.perf_counter() - begin)
+            error = f"the worker process died ({ending})"
         return RewardResult(value=None, error=error, elapsed_s=time.perf_counter() - begin)
 
     def close(self) -> None:
@@ -152,7 +170,7 @@ class _Worker:
             self._connection = ours
         return ours
 
-    def _send(self, request: tuple[str, Prompt]) -> Connection:
+    def _send(self, request: tuple[str, Prompt, str]) -> Connection:
         """Hand a request to a living process. One that died while it had nothing to do is replaced and costs no error."""
         connection = self._connection
         if connection is None or connection.poll(0):  # an idle process says nothing: this is the end of its stream

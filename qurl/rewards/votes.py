@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qurl.rewards.answers import boxed_answer
+from qurl.rewards.boxed import vote as boxed_vote
 from qurl.rewards.dapo import vote as dapo_vote
 from qurl.rewards.deepscaler import vote as deepscaler_vote
 from qurl.rewards.exact import vote as exact_vote
 from qurl.rewards.gsm8k import vote as gsm8k_vote
 
 VOTES: dict[str, Callable[[str], str | None]] = {
-    "boxed": boxed_answer,
+    "boxed": boxed_vote,
     "dapo": dapo_vote,
     "deepscaler": deepscaler_vote,
     "exact": exact_vote,
     "gsm8k": gsm8k_vote,
-    "math": boxed_answer,  # a response without a box does not vote
+    "math": boxed_vote,  # a response without a box does not vote
 }
 """Reward of qurl.rewards.REWARDS -> its vote, a function of the response: the answer, None where there is none."""

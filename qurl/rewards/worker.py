@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -18,16 +19,17 @@ from qurl.plug import resolve
 from qurl.processes import die_with_parent
 from qurl.rewards import REWARDS
 from qurl.rewards.binding import KEY, Score, bind
-from qurl.types import Prompt
+from qurl.types import Prompt, RewardResult
 
 MAX_MESSAGE_CHARACTERS = 500
+MAX_CPU_S = 2  # of a call of qurl's own verifiers, which bound their effort themselves; the kernel ends what slips through
 
 
 def main() -> None:
     """Load the function, say so, then answer until the connection closes.
 
-    Receives (config, sys.path), sends an error or None; then receives (response, prompt) and sends (value | None, error | None,
-    elapsed seconds) per response."""
+    Receives (config, sys.path), sends an error or None; then receives (response, prompt, finish reason) and sends a RewardResult
+    per response."""
     connection = Connection(int(sys.argv[1]))
     die_with_parent(int(sys.argv[2]))
     _be_the_one_to_go()
@@ -44,7 +46,10 @@ def main() -> None:
             return
         connection.send(None)
         while True:
-            connection.send(_call(score, *connection.recv()))
+            request = connection.recv()
+            if config.function in REWARDS:
+                _limit_cpu(MAX_CPU_S)
+            connection.send(_call(score, *request))
 
 
 def _load(config: RewardConfig) -> Score:
@@ -56,13 +61,22 @@ def _load(config: RewardConfig) -> Score:
     return score
 
 
-def _call(score: Score, response: str, prompt: Prompt) -> tuple[float | None, str | None, float]:
+def _call(score: Score, response: str, prompt: Prompt, finish_reason: str) -> RewardResult:
     start = time.perf_counter()
     try:
-        value, error = score(response, prompt), None
+        scored = score(response, prompt, finish_reason)
     except BaseException as raised:  # trust boundary: a verifier may raise anything, even SystemExit; each is reported
-        value, error = None, _describe(raised)
-    return value, error, time.perf_counter() - start
+        return RewardResult(value=None, error=_describe(raised), elapsed_s=time.perf_counter() - start)
+    return RewardResult(value=float(scored), elapsed_s=time.perf_counter() - start, parts=scored.parts)
+
+
+def _limit_cpu(seconds: int) -> None:
+    """Let the kernel end this process with SIGXCPU after `seconds` more of CPU time, whatever C code it is in.
+
+    The kernel counts whole seconds, so the limit falls between `seconds` and one more."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + seconds, hard))
 
 
 def _describe(error: BaseException) -> str:

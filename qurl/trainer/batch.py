@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from qurl.algorithms import ADVANTAGES, RewardedGroup
 from qurl.config import AlgorithmConfig, OverlongConfig
 from qurl.errors import GuardStop
-from qurl.observability.metrics import Last, Max, Mean, Metric, Sum
+from qurl.observability.metrics import METRICS, Last, Max, Mean, Metric, Sum
 from qurl.plug import resolve
 from qurl.trainer.repetition import ends_in_loop
 from qurl.types import Rollout, RolloutGroup, ScoredGroup, TrainingSample
@@ -97,7 +97,8 @@ def rollout_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, Me
     rollouts = [rollout for scored in groups for rollout in scored.group.rollouts]
     rewards = [[result.value for result in scored.rewards if result.value is not None] for scored in groups]
     flat = [value for group in rewards for value in group]
-    num_errors = sum(result.value is None for scored in groups for result in scored.rewards)
+    results = [result for scored in groups for result in scored.rewards]
+    num_errors = sum(result.value is None for result in results)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     metrics: dict[str, Metric] = {
         "reward/error_count": Sum(num_errors),
@@ -114,9 +115,21 @@ def rollout_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, Me
             "reward/mean": Mean(statistics.fmean(flat), weight=len(flat)),
             "reward/std_in_group": Mean(statistics.fmean(statistics.pstdev(group) for group in rewards if group)),
             "reward/informative_group_fraction": Mean(statistics.fmean(len(set(group)) > 1 for group in rewards)),
-            "accuracy/train": Mean(statistics.fmean(value > 0 for value in flat), weight=len(flat)),
+            "accuracy/train": Mean(sum(result.is_right for result in results) / len(flat), weight=len(flat)),
         }
-    return metrics
+    return metrics | part_metrics(groups)
+
+
+def part_metrics(groups: Sequence[ScoredGroup]) -> dict[str, Metric]:
+    """Return the mean of each number that a reward function returned beside its score, as `reward/<name>`.
+
+    A name that qurl uses itself, such as `mean`, becomes `reward/part/<name>`."""
+    values: dict[str, list[float]] = {}
+    for result in (result for scored in groups for result in scored.rewards):
+        for name, value in result.parts.items():
+            values.setdefault(name, []).append(value)
+    keys = {name: f"reward/part/{name}" if f"reward/{name}" in METRICS else f"reward/{name}" for name in values}
+    return {keys[name]: Mean(statistics.fmean(found), weight=len(found)) for name, found in values.items()}
 
 
 def overlong_metrics(groups: Sequence[ScoredGroup], config: OverlongConfig, max_response_tokens: int) -> dict[str, Metric]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from qurl.config import EvaluationConfig, RolloutConfig
-from qurl.rewards.accuracy import avg_at_k, is_right, maj_at_k, pass_at_k
+from qurl.rewards.accuracy import avg_at_k, maj_at_k, pass_at_k
 from qurl.rollout.pool import RolloutPool
 from qurl.rollout.request import Sampling
 from qurl.types import Prompt, RolloutGroup, ScoredGroup
@@ -60,7 +60,7 @@ def dataset_metrics(name: str, groups: Sequence[ScoredGroup], vote: Callable[[st
 
     Accuracies, whatever the reward gives a wrong answer. A failed reward call counts as wrong, and is counted."""
     results = [result for scored in groups for result in scored.rewards]
-    right = [[is_right(result.value) for result in scored.rewards] for scored in groups]
+    right = [[result.is_right for result in scored.rewards] for scored in groups]
     num_samples = len(right[0])
     metrics = {
         "avg_at_k": statistics.fmean(map(avg_at_k, right)),

@@ -19,7 +19,7 @@ from qurl.errors import ConfigError, GuardStop, one_line, remote_cause
 from qurl.learner.huggingface import check_weight_files
 from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
-from qurl.rewards import VOTES, check_reward_function
+from qurl.rewards import VOTES, payable
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.interrupt import Interrupted, held_signals, on_signal
 from qurl.trainer.run_folder import RunFolder
@@ -101,16 +101,16 @@ def load_tokenizer(config: TrainConfig) -> Any:
 
 
 def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
-    """Training prompts and evaluation prompts by name; the reward function has scored one problem of each dataset."""
+    """Training prompts and evaluation prompts by name; the reward can pay the ground truth of each, see qurl.rewards.payment."""
 
     def load(dataset: Any, key: str) -> list[Prompt]:
         problems = load_rows(dataset, key)
         found = build_prompts(problems, tokenizer, config.data, key)
-        check_reward_function(config.reward, found.prompts[:1])
+        prompts = payable(config.reward, found.prompts, f"{key}.path={dataset.path}")
         if found.num_dropped:
             logger.warning("%s: %d of %d prompts are longer than data.max_prompt_tokens=%d and were dropped",
                            key, found.num_dropped, len(problems), config.data.max_prompt_tokens)  # fmt: skip
-        return found.prompts
+        return prompts
 
     train = load(config.data.train, "data.train")
     return train, {name: load(dataset, f"data.eval.{name}") for name, dataset in config.data.eval.items()}

@@ -38,8 +38,7 @@ def test_hostile_text_costs_at_most_the_time_limit_and_is_counted(function):
     right = r"</think>\boxed{7}"
     (rewards,) = score(RewardConfig(function=function, timeout_s=TIMEOUT_S, num_workers=1), group(*texts, right, ground_truth="7"))
     for name, result in zip(HOSTILE, rewards, strict=False):
-        expected = function == "math" and name == "box before the end of thinking"  # "math" knows no thoughts
-        assert result.value == float(expected) or (result.value is None and "timeout" in result.error), (name, result)
+        assert result.value == 0.0, (name, result)
         assert result.elapsed_s < TIMEOUT_S + SLACK_S, (name, result)
     assert rewards[-1].value == 1.0
 
