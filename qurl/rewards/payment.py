@@ -36,7 +36,8 @@ def payable(
     if not unpaid:
         return list(prompts)
     found = (
-        f"{key}: reward.function={config.function} does not pay the ground truth of {len(unpaid)} of {len(prompts)} rows "
+        f"{key}: reward.function={config.function!r} fails on problem {unpaid[0].prompt_id}: a response that states the ground "
+        f"truth is not paid; so it is with {len(unpaid)} of {len(prompts)} rows "
         f"({', '.join(_named(prompt) for prompt in unpaid[:NUM_NAMED])}{', ...' if len(unpaid) > NUM_NAMED else ''})"
     )
     if config.unpayable is Unpayable.error or len(unpaid) == len(prompts):

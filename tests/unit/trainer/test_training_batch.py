@@ -41,6 +41,14 @@ def test_a_sample_lines_up_tokens_mask_logprobs_and_advantages():
     assert good.weight_version == 3
 
 
+def test_parts_of_rewards_are_metrics_and_acc_decides_what_is_right():
+    results = [RewardResult(value=0.1, parts={"acc": 0.0, "mean": 2.0}), RewardResult(value=-1.0, parts={"acc": 1.0, "mean": 4.0})]
+    values = reduce_metrics([rollout_metrics([ScoredGroup(group=scored([0.0, 0.0]).group, rewards=results)], version=3)])
+    assert (values["reward/acc"], values["reward/part/mean"], values["reward/mean"]) == (0.5, 3.0, pytest.approx(-0.45))
+    assert values["accuracy/train"] == 0.5
+    assert [result.is_right for result in results] == [False, True]
+
+
 def test_a_failed_reward_is_left_out_and_does_not_count_as_zero():
     with_error = training_samples([scored([1.0, 0.0, None])], AlgorithmConfig(), 8)
     without = training_samples([scored([1.0, 0.0])], AlgorithmConfig(), 8)
