@@ -40,7 +40,7 @@ def test_rows_that_can_be_paid_pass_and_others_are_named_dropped_or_kept(name):
     assert payable(RewardConfig(function=name), rows[:-1], "data.train") == rows[:-1]
     with pytest.raises(ValueError) as caught:
         payable(RewardConfig(function=name), rows, "data.train.path=a.jsonl")
-    for word in ("data.train.path=a.jsonl", f"reward.function={name!r}", f"1 of {len(rows)} rows", f"row {len(rows)} ", "unpayable"):
+    for word in ("data.train.path=a.jsonl", f"reward.function={name!r}", f"1 of {len(rows)} rows", "unpayable=drop"):
         assert word in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value)
     assert payable(RewardConfig(function=name, unpayable=Unpayable.drop), rows, "data.train") == rows[:-1]
