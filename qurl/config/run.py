@@ -38,12 +38,18 @@ class WandbMode(Enum):
 class EvaluationConfig:
     """Held-out accuracy during training, sampled from the rollout engines."""
 
-    every_steps: int = 10  # 0: never
-    at_start: bool = True
+    every_steps: int = 10  # iterations between two evaluations, and one after the last; 0: none, also not after the last
+    at_start: bool = True  # one before the first iteration, whatever every_steps is
     num_samples_per_prompt: int = 1  # k of avg@k
     temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     max_response_tokens: int | None = None  # default: the largest rollout.max_response_tokens of all stages
+
+    def is_due(self, completed: int, num_steps: int) -> bool:
+        """Whether an evaluation belongs after `completed` of `num_steps` iterations."""
+        if completed == 0:
+            return self.at_start
+        return self.every_steps > 0 and (completed % self.every_steps == 0 or completed == num_steps)
 
 
 @dataclass(kw_only=True, slots=True)

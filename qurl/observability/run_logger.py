@@ -4,7 +4,9 @@
     <run_dir>/evaluations.jsonl   one object per evaluation    wandb/, wandb_id.txt        where logging.wandb is on
     <run_dir>/log.txt             Python logging
 
-A resumed run repeats the steps after its checkpoint: the first step it logs replaces the lines of that step and all later ones."""
+An iteration's line is written before the evaluation that follows it, whose values are added to the line: a run that ends while it
+evaluates has the iteration on disk, and makes the evaluation when it is resumed. A resumed run repeats the steps after its
+checkpoint, so it begins by dropping what an earlier process logged of them."""
 
 from __future__ import annotations
 
@@ -42,26 +44,38 @@ class RunLogger:
         self._log_handlers = _attach_log_handlers(run_dir / "log.txt")
         self._console = make_console(config.console, run_dir.name, num_steps)
 
+    def begin(self, completed: int, evaluated: int) -> None:
+        """Drop what an earlier process logged beyond the state that the run starts from.
+
+        completed: finished iterations. evaluated: iterations before the last evaluation that counts; -1 for none."""
+        self._metrics.drop_from(completed)
+        self._evaluations.drop_from(evaluated + 1)
+
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A finished iteration. Raises KeyError for a key that is not in METRICS."""
         for key in metrics:
             check_key(key)
         self._metrics.append(step, metrics)
-        self._evaluations.drop_from(step + 2)  # of an interrupted run that had got further; step + 1 may be this iteration's own
         self._console.log_step(step, metrics)
         if self._wandb:
             self._wandb.log(step, metrics)
 
-    def log_eval(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_eval(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
         """A finished evaluation, keys eval/<dataset>/...; step: training iterations done before it, 0 at the start.
 
-        wandb gets it with the metrics of the iteration before it; the one at the start, here."""
+        The line of the iteration before it gets the metrics too, and `seconds` in time/eval_s and time/step_s."""
         for key in metrics:
             check_key(key)
+
+        def with_evaluation(line: dict[str, Any]) -> dict[str, float]:
+            longer = seconds - (line.get("time/eval_s") or 0.0)  # else an evaluation made again would count twice
+            return {**metrics, "time/eval_s": seconds, "time/step_s": (line.get("time/step_s") or 0.0) + longer}
+
+        self._metrics.amend(step - 1, with_evaluation)
         self._evaluations.append(step, metrics)
         self._console.log_eval(step, metrics)
-        if self._wandb and step == 0:
-            self._wandb.log(step, metrics)
+        if self._wandb:
+            self._wandb.log(max(0, step - 1), metrics)
 
     def stage(self, name: str, done: int | None = None, total: int | None = None) -> None:
         """What the run is at, e.g. ("rollout", 123, 256); console only, cheap enough for every rollout."""

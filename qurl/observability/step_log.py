@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,19 @@ class StepLog:
 
         A value that is not finite becomes null, as JSON has none, and is logged."""
         self.drop_from(step)
-        record: dict[str, Any] = {"step": step, "timestamp": round(time.time(), 3)}
-        for key, value in values.items():
-            record[key] = float(value) if math.isfinite(value) else None
-            if record[key] is None:
-                logger.warning("step %d: %s is %s; written as null", step, key, value)
+        record = {"step": step, "timestamp": round(time.time(), 3)} | _finite(step, values)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         self._last_step = step
+
+    def amend(self, step: int, change: Callable[[dict[str, Any]], Mapping[str, float]]) -> None:
+        """Add values to the line of `step`, whole or not at all; nothing happens where the last line is another one's.
+
+        change: the line's record -> values that are added to it or take the place of its own."""
+        if step < 0 or step != self._last_step:
+            return
+        *before, record = read_step_log(self._path)
+        self._keep([*before, record | _finite(step, change(record))])
 
     def drop_from(self, step: int) -> None:
         """Remove the lines of `step` and later ones, if any."""
@@ -79,3 +84,13 @@ class StepLog:
         os.replace(temporary, self._path)
         self._last_step = max((r["step"] for r in records), default=-1)
         self._file = self._path.open("a", encoding="utf-8")
+
+
+def _finite(step: int, values: Mapping[str, float]) -> dict[str, Any]:
+    """The values as floats; null for one that is not finite, which is logged."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found[key] = float(value) if math.isfinite(value) else None
+        if found[key] is None:
+            logger.warning("step %d: %s is %s; written as null", step, key, value)
+    return found

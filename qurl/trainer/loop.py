@@ -34,7 +34,8 @@ PROGRESS_S = 0.5  # how often the console hears of rollouts under way
 
 @dataclass(kw_only=True)
 class TrainingLoop:
-    """Everything one run needs, started and ready. `completed` counts finished iterations; it is also the weight version."""
+    """Everything one run needs, started and ready. `completed` counts finished iterations; it is also the weight version.
+    `evaluated` is what `completed` was at the last evaluation; -1: there was none."""
 
     config: TrainConfig
     learner: LearnerGroup
@@ -47,15 +48,17 @@ class TrainingLoop:
     guard: Guard
     interrupt: asyncio.Event
     completed: int
+    evaluated: int
     evaluate: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, dict[str, float]]] | None
     _untrained: Batch | None = None
 
     async def run(self) -> None:
         """Train until num_steps. Raises Interrupted after a checkpoint, GuardStop and RuntimeError where the run cannot go on."""
+        self.log.begin(self.completed, self.evaluated)
         try:
             await self._publish(self.completed)
-            if self.config.evaluation.at_start and self.completed == 0:
-                await self._evaluate()
+            if await self._evaluate_if_due() and self.completed:  # the evaluation that ended the process before this one
+                await self.checkpoint()
             await self.weights.announce()
             self.timeline.begin_step(self.completed)
             for step in range(self.completed, self.config.num_steps):
@@ -84,11 +87,11 @@ class TrainingLoop:
             reports.append(await self._publish(step + 1))
         self.completed, self._untrained = step + 1, None
         self.log.record_rollouts(step, groups)
-        evaluated = await self._evaluate() if self._due(self.config.evaluation.every_steps) else {}
+        self.log.log_step(step, reduce_metrics(reports) | self.timeline.end_step())
+        await self._evaluate_if_due()  # after the log: what ends the run here loses no iteration
         await self.weights.announce()  # after the evaluation, which thus has the engines to itself where max_staleness=0
-        self.log.log_step(step, reduce_metrics(reports) | evaluated | self.timeline.end_step())
         self.timeline.begin_step(step + 1)
-        if stop or self._due(self.config.checkpoint.every_steps):  # after the log: a step that it counts is in metrics.jsonl
+        if stop or self._checkpoint_is_due():  # after the log: a step that it counts is in metrics.jsonl
             await self.checkpoint()
         if stop:
             raise GuardStop(stop)
@@ -145,20 +148,28 @@ class TrainingLoop:
         with self.timeline.span("sync"):
             return await self.weights.publish(version)
 
-    async def _evaluate(self) -> dict[str, float]:
-        if self.evaluate is None:
-            return {}
+    async def _evaluate_if_due(self) -> bool:
+        """Evaluate the published weights, where that is due and was not done. Raises Interrupted; the evaluation is due still."""
+        is_due = self.config.evaluation.is_due(self.completed, self.config.num_steps)
+        if self.evaluate is None or not is_due or self.evaluated == self.completed:
+            return False
+        start = time.monotonic()
         with self.timeline.span("eval"):
             evaluation = self.evaluate(lambda done, total: self.log.stage("eval", done, total))
             metrics = await or_interrupt(evaluation, self.interrupt)
-        self.log.log_eval(self.completed, metrics)
-        return metrics
+        self.timeline.write()
+        self.log.log_eval(self.completed, metrics, time.monotonic() - start)
+        self.evaluated = self.completed
+        return True
 
     async def checkpoint(self) -> None:
         """Write the state after `completed` iterations; a batch that was not trained is sampled again on resume."""
         self.log.stage("checkpoint")
         stream_state = self._untrained.stream_state if self._untrained else self.producer.stream_state()
-        state = {"step": self.completed, "stream": stream_state, "guard": self.guard.state_dict(), "logger": self.log.state_dict()}
+        state = {
+            "step": self.completed, "evaluated": self.evaluated, "stream": stream_state, "guard": self.guard.state_dict(),
+            "logger": self.log.state_dict(),
+        }  # fmt: skip
         with self.timeline.span("checkpoint"):
             folder = await self.checkpoints.save(self.completed, state, self.learner.save_checkpoint)
         logger.info("checkpoint %s", folder)
@@ -190,9 +201,9 @@ class TrainingLoop:
             "rollout/discarded_fraction": Mean(1 - len(groups) / len(batch.groups), weight=len(batch.groups)),
         }
 
-    def _due(self, every: int) -> bool:
-        last = self.completed == self.config.num_steps
-        return last or (every > 0 and self.completed % every == 0)
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint.every_steps
+        return self.completed == self.config.num_steps or (every > 0 and self.completed % every == 0)
 
     @contextlib.asynccontextmanager
     async def _progress(self, batch: Batch) -> AsyncIterator[None]:

@@ -44,7 +44,7 @@ def run(config: TrainConfig) -> int:
         if state is not None and state["step"] > config.num_steps:
             raise ConfigError(f"num_steps={config.num_steps}: {folder.path} is already trained for {state['step']} steps; "
                               "raise num_steps or choose another run_name")  # fmt: skip
-        if state is not None and state["step"] == config.num_steps:
+        if state is not None and state["step"] == config.num_steps and not _evaluation_is_left(config, state):
             logger.warning("%s is trained for all %d steps; raise num_steps to go on", folder.path, config.num_steps)
             return EXIT_DONE
         check_weight_files(config.model)
@@ -75,6 +75,16 @@ def run(config: TrainConfig) -> int:
             return end(remote_cause(error), checkpoints)
         finally:
             log.close()
+
+
+def _evaluation_is_left(config: TrainConfig, state: dict[str, Any]) -> bool:
+    """Whether the process that saved `state` ended before the evaluation that was due there."""
+    is_due = bool(config.data.eval) and config.evaluation.is_due(state["step"], config.num_steps)
+    return is_due and _evaluated(state) != state["step"]
+
+
+def _evaluated(state: dict[str, Any]) -> int:
+    return int(state.get("evaluated", state["step"]))  # a checkpoint that does not say was written after its evaluation
 
 
 def end(error: BaseException, checkpoints: Checkpoints) -> int:
@@ -138,9 +148,9 @@ async def _train(
     from qurl.trainer.start import engine_starter, started_parts
     from qurl.trainer.weights import PublishedWeights
 
-    completed, guard = 0, Guard(config.guard)
+    completed, evaluated, guard = 0, -1, Guard(config.guard)
     if state is not None:
-        completed = state["step"]
+        completed, evaluated = state["step"], _evaluated(state)
         guard.load_state_dict(state["guard"])
         log.load_state_dict(state["logger"])
         logger.info("going on after step %d of %s", completed, run_dir)
@@ -181,7 +191,8 @@ async def _train(
         )
         loop = TrainingLoop(
             config=config, learner=learner, pool=pool, weights=weights, producer=producer, checkpoints=checkpoints, log=log,
-            timeline=timeline, guard=guard, interrupt=interrupt, completed=completed, evaluate=evaluator if evaluation else None,
+            timeline=timeline, guard=guard, interrupt=interrupt, completed=completed, evaluated=evaluated,
+            evaluate=evaluator if evaluation else None,
         )  # fmt: skip
         try:
             await loop.run()

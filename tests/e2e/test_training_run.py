@@ -19,6 +19,8 @@ pytestmark = pytest.mark.e2e
 SAME = ("reward/mean", "policy/loss", "policy/grad_norm", "policy/kl_old_current", "mismatch/kl_rollout_old", "rollout/num_tokens",
         "sync/changed_code_fraction")  # fmt: skip
 
+EVALUATED = ("data.eval.held_out.path=sums.jsonl", "data.eval.held_out.max_rows=8", "evaluation.every_steps=1")
+
 
 def numbers(rows):
     return [{key: row.get(key) for key in ("step", *SAME)} for row in rows]
@@ -27,9 +29,14 @@ def numbers(rows):
 @pytest.fixture(scope="module")
 def unbroken(workspace):
     command_line = CommandLine(folder=workspace, mark="unbroken")
-    code, output = command_line.run(*command_line.train("unbroken"))
+    code, output = command_line.run(*command_line.train("unbroken", *EVALUATED))
     assert code == 0, output
     return command_line.metrics("unbroken")
+
+
+def evaluations(command_line, name):
+    lines = (command_line.folder / "runs" / name / "evaluations.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "timestamp"} for line in lines]
 
 
 def test_a_run_logs_every_iteration_and_learns_from_informative_groups(unbroken):
@@ -66,7 +73,8 @@ def test_a_run_is_exported_and_the_exports_are_models(command_line, unbroken, mo
 
 
 def test_a_run_that_ctrl_c_and_sigterm_stop_goes_on_to_the_same_numbers(command_line, unbroken):
-    arguments = command_line.train("stopped", "checkpoint.every_steps=0")
+    """Each comes while the evaluation after an iteration is due, whose line is in metrics.jsonl already."""
+    arguments = command_line.train("stopped", "checkpoint.every_steps=0", *EVALUATED)
     for stop in (signal.SIGINT, signal.SIGTERM):  # the second as of a preempted node
         before = len(command_line.metrics("stopped"))
         process = command_line.start(*arguments, "num_steps=1000")
@@ -81,7 +89,10 @@ def test_a_run_that_ctrl_c_and_sigterm_stop_goes_on_to_the_same_numbers(command_
         code, output = command_line.run(*arguments, f"num_steps={num_steps}")
         assert code == 0 and words in output, output
     rows = command_line.metrics("stopped")
-    assert len(rows) == num_steps and numbers(rows[:4]) == numbers(unbroken)
+    assert [row["step"] for row in rows] == list(range(num_steps)) and numbers(rows[:4]) == numbers(unbroken)
+    found = evaluations(command_line, "stopped")
+    assert [row["step"] for row in found] == list(range(num_steps + 1)) and found[:5] == evaluations(command_line, "unbroken")
+    assert all(row["eval/held_out/avg_at_k"] == found[row["step"] + 1]["eval/held_out/avg_at_k"] for row in rows)
 
 
 def test_kill_9_in_the_middle_of_an_iteration_changes_no_number(command_line, unbroken, tmp_path):

@@ -44,15 +44,30 @@ def test_an_iteration_is_on_disk_as_soon_as_it_is_logged(new_logger, tmp_path):
 def test_a_resumed_run_has_every_step_once(new_logger, tmp_path):
     logger = new_logger()
     for step in range(5):
-        logger.log_eval(step + 1, {"eval/a/avg_at_k": 0.0})
         logger.log_step(step, {"reward/mean": 0.0})
+        logger.log_eval(step + 1, {"eval/a/avg_at_k": 0.0}, 1.0)
     state = logger.state_dict()
     logger = new_logger()
     logger.load_state_dict(state)
+    logger.begin(3, 3)
     logger.log_step(3, {"reward/mean": 1.0})
     metrics, evaluations = (lines(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "evaluations"))
     assert [(r["step"], r["reward/mean"]) for r in metrics] == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 1.0)]
-    assert [r["step"] for r in evaluations] == [1, 2, 3, 4]
+    assert [r["step"] for r in evaluations] == [1, 2, 3]
+    assert ["eval/a/avg_at_k" in r for r in metrics] == [True, True, True, False]
+
+
+def test_an_evaluation_joins_the_line_of_its_iteration_and_counts_its_seconds_once(new_logger, tmp_path):
+    logger = new_logger()
+    logger.log_eval(0, {"eval/a/avg_at_k": 0.1}, 9.0)  # of the start: no iteration is before it
+    for step in (0, 1):
+        logger.log_step(step, {"time/step_s": 10.0, "time/eval_s": 0.0, "time/idle_s": 10.0})
+    for seconds in (7.0, 5.0):  # made again by a process that took the place of one which was killed
+        logger.log_eval(2, {"eval/a/avg_at_k": 0.2}, seconds)
+    first, second = lines(tmp_path / "run" / "metrics.jsonl")
+    assert (first["time/step_s"], first.get("eval/a/avg_at_k")) == (10.0, None)
+    assert (second["time/step_s"], second["time/eval_s"], second["eval/a/avg_at_k"]) == (15.0, 5.0, 0.2)
+    assert [r["step"] for r in lines(tmp_path / "run" / "evaluations.jsonl")] == [0, 2]
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped_and_the_run_goes_on(tmp_path):

@@ -8,13 +8,13 @@ import pytest
 from qurl.trainer.checkpoint import Checkpoints
 
 
-def save(checkpoints, step, content="weights", fail=None):
+def save(checkpoints, step, content="weights", fail=None, **state):
     async def save_learner(folder):
         (folder / "weights").write_text(content)
         if fail:
             raise fail
 
-    return asyncio.run(checkpoints.save(step, {"step": step}, save_learner))
+    return asyncio.run(checkpoints.save(step, {"step": step, **state}, save_learner))
 
 
 def test_latest_is_the_newest_complete_checkpoint(tmp_path):
@@ -50,18 +50,43 @@ def test_a_process_killed_while_writing_leaves_the_previous_checkpoint(tmp_path)
     assert (checkpoints.latest() / "weights").read_text() == "whole"
 
 
-def test_the_same_step_can_be_written_again(tmp_path):
+def test_the_newest_step_is_written_again_in_its_state_alone(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
-    save(checkpoints, 4, content="first")
-    save(checkpoints, 4, content="second")
-    assert (checkpoints.latest() / "weights").read_text() == "second"
+    save(checkpoints, 4, evaluated=2)
+    asyncio.run(checkpoints.save(4, {"step": 4, "evaluated": 4}, None))  # no learner is asked
+    assert checkpoints.state(checkpoints.latest()) == {"step": 4, "evaluated": 4}
+
+
+def test_a_step_that_an_overtaken_process_left_is_replaced_and_keeps_no_other_away(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 2)
+    save(checkpoints, 4, content="overtaken")
+    (tmp_path / "checkpoints" / "step_000002").mkdir()
+    (tmp_path / "checkpoints" / "step_000002" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoints" / "latest").write_text("step_000002")
+    save(checkpoints, 3)
+    assert checkpoints.latest().name == "step_000003" and checkpoints.state(checkpoints.latest()) == {"step": 3}
+    save(checkpoints, 4, content="now")
+    assert (checkpoints.latest() / "weights").read_text() == "now"
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step_*")] == ["step_000004"]
 
 
 def test_a_pointer_to_an_incomplete_folder_is_refused_by_name(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     save(checkpoints, 1)
     (checkpoints.latest() / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="step_000001, which is incomplete"):
+    told = "names step_000001, which is incomplete; no other is there: remove .*checkpoints to begin anew"
+    with pytest.raises(ValueError, match=told):
+        checkpoints.latest()
+
+
+@pytest.mark.parametrize("content", ["", "step_0000", "../..", "\x00"])
+def test_a_pointer_that_is_cut_short_is_refused_with_the_names_that_work(tmp_path, content):
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    save(checkpoints, 1)
+    save(checkpoints, 2)
+    (tmp_path / "checkpoints" / "latest").write_text(content)
+    with pytest.raises(ValueError, match="latest is damaged: .*; write step_000002 or step_000001 into "):
         checkpoints.latest()
 
 
@@ -76,10 +101,12 @@ def test_a_damaged_state_is_refused_by_name(tmp_path):
 
 def test_a_learner_file_that_is_cut_short_or_gone_is_refused_by_name(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=1)
-    folder = save(checkpoints, 1)
+    save(checkpoints, 1)
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    folder = save(checkpoints, 2)
     (folder / "weights").write_text("wei")
-    with pytest.raises(ValueError, match="weights has 3 of 7 bytes; write another step folder's name into .*latest"):
+    with pytest.raises(ValueError, match="weights has 3 of 7 bytes; write step_000001 into .*latest"):
         checkpoints.state(folder)
     (folder / "weights").unlink()
-    with pytest.raises(ValueError, match="weights has 0 of 7 bytes"):
+    with pytest.raises(ValueError, match="step_000002 is damaged: weights is gone; write step_000001 into"):
         checkpoints.state(folder)

@@ -41,6 +41,7 @@ class World:
                  **changes):
         self.events: list[str] = []
         self.logged: list[dict[str, float]] = []
+        self.evaluations: dict[int, dict[str, float]] = {}
         self.num_restarts = 0
         self.lock = asyncio.Lock()
         self.version = -1
@@ -68,7 +69,7 @@ class World:
         self.loop = TrainingLoop(
             config=self.config, learner=self, pool=self, weights=self, producer=self.producer, checkpoints=self.checkpoints,
             log=self, timeline=Timeline(tmp_path / "timeline.json"), guard=Guard(self.config.guard), interrupt=self.interrupt,
-            completed=0, evaluate=self.evaluate,
+            completed=0, evaluated=-1, evaluate=self.evaluate,
         )  # fmt: skip
 
     async def sample(self, prompt, step):
@@ -127,7 +128,8 @@ class World:
         self.events.append(f"log {step}")
         self.logged.append(dict(metrics))
 
-    def log_eval(self, step, metrics): ...
+    def begin(self, completed, evaluated): ...
+    def log_eval(self, step, metrics, seconds): self.evaluations[step] = metrics
     def record_rollouts(self, step, groups): self.recorded = [scored.group.prompt.prompt_id for scored in groups]
     def stage(self, name, done=None, total=None): ...
     def state_dict(self): return {}
@@ -146,11 +148,11 @@ def test_each_version_is_published_before_it_samples_and_logged_before_it_is_sav
         await world.producer.close()
         assert world.events == [
             "publish 0", "evaluate", "sample p0 with 0", "sample p1 with 0", "train 4", "publish 1", "log 0",
-            "sample p2 with 1", "sample p3 with 1", "train 4", "publish 2", "evaluate", "log 1", "save",
-            "sample p4 with 2", "sample p5 with 2", "train 4", "publish 3", "evaluate", "log 2", "save",
+            "sample p2 with 1", "sample p3 with 1", "train 4", "publish 2", "log 1", "evaluate", "save",
+            "sample p4 with 2", "sample p5 with 2", "train 4", "publish 3", "log 2", "evaluate", "save",
         ]  # fmt: skip
-        assert world.logged[1]["eval/d/avg_at_k"] == 1.0 and world.logged[0]["policy/loss"] == 0.5
-        assert saved_state(world) == {"step": 3, "stream": {"taken": 6}, "guard": OFF, "logger": {}}
+        assert list(world.evaluations) == [0, 2, 3] and world.logged[0]["policy/loss"] == 0.5
+        assert saved_state(world) == {"step": 3, "evaluated": 3, "stream": {"taken": 6}, "guard": OFF, "logger": {}}
 
     asyncio.run(scenario())
 
@@ -166,7 +168,7 @@ def test_an_interrupt_while_sampling_saves_what_is_trained_and_will_sample_the_s
             await run
         await world.producer.close()
         assert world.events[-1] == "save"
-        assert saved_state(world) == {"step": 0, "stream": {"taken": 0}, "guard": OFF, "logger": {}}
+        assert saved_state(world) == {"step": 0, "evaluated": 0, "stream": {"taken": 0}, "guard": OFF, "logger": {}}
 
     asyncio.run(scenario())
 
@@ -179,6 +181,41 @@ def test_failing_rewards_stop_the_run_before_anything_is_trained(tmp_path, dynam
             await world.loop.run()
         await world.producer.close()
         assert not any(event.startswith("train") for event in world.events)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("every", "at_start", "expected"),
+    [(0, True, [0]), (0, False, []), (2, False, [2, 3]), (9, True, [0, 3]), (1, False, [1, 2, 3])],
+)
+def test_evaluations_come_every_so_many_iterations_and_after_the_last_and_with_0_never(tmp_path, every, at_start, expected):
+    async def scenario():
+        world = World(tmp_path)
+        world.config.evaluation.every_steps, world.config.evaluation.at_start = every, at_start
+        await world.loop.run()
+        await world.producer.close()
+        assert list(world.evaluations) == expected
+
+    asyncio.run(scenario())
+
+
+def test_a_checkpoint_that_is_due_when_the_interrupt_comes_is_written_once(tmp_path):
+    async def scenario():
+        world = World(tmp_path)
+        log_step = world.log_step
+
+        def interrupted(step, metrics):
+            log_step(step, metrics)
+            if step == 1:
+                world.interrupt.set()
+
+        world.log_step = interrupted
+        world.config.evaluation.every_steps = 0
+        with pytest.raises(Interrupted):
+            await world.loop.run()
+        await world.producer.close()
+        assert world.events[-2:] == ["log 1", "save"] and world.events.count("save") == 1
 
     asyncio.run(scenario())
 
@@ -208,7 +245,7 @@ def test_dynamic_sampling_trains_informative_groups_and_reports_all_that_was_sam
         await world.loop.run()
         await world.producer.close()
         assert world.events == ["publish 0", "sample p0 with 0", "sample p1 with 0", "sample p2 with 0", "sample p3 with 0",
-                                "train 4", "publish 1", "evaluate", "log 0", "save"]  # fmt: skip
+                                "train 4", "publish 1", "log 0", "evaluate", "save"]  # fmt: skip
         logged = world.logged[0]
         assert (logged["rollout/num_generations"], logged["rollout/num_trained_groups"]) == (2, 2)
         assert logged["rollout/discarded_fraction"] == logged["reward/informative_group_fraction"] == 0.5
