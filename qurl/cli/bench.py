@@ -1,4 +1,4 @@
-"""`qurl bench rollout|kernels|switch|sync|perplexity|break-even`: run a benchmark and print its rows."""
+"""`qurl bench rollout|kernels|switch|sync|install|perplexity|break-even`: run a benchmark and print its rows."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--num-threads", type=int, metavar="N", help="of an engine; default: all cores")
     sync = benchmarks.add_parser("sync", help="encoding and transfer time of a weight update")
     sync.add_argument("--transports", nargs="+", metavar="TRANSPORT")
+    install = benchmarks.add_parser("install", help="processor time that an engine takes to install a weight update, by layers")
+    install.add_argument("--layers", nargs="+", type=int, metavar="N", help="of narrow models; default: 28 64")
+    install.add_argument("--tensors-per-bucket", type=int, metavar="N", help="0, the default: the whole update is one bucket")
     perplexity = benchmarks.add_parser("perplexity", help="what formats do to the perplexity of a model on held-out text")
     perplexity_table.add_arguments(perplexity)
     even = benchmarks.add_parser("break-even", help="whether a format pays in the iterations of a run, by rollout and sync")
@@ -46,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     even.add_argument("--shape", metavar="SHAPE", help="of the rollout benchmark, where it measured several")
     even.add_argument("--batch-size", type=int, metavar="N", help="likewise")
     even.add_argument("--transport", metavar="TRANSPORT", help="of the sync benchmark, where it measured several")
-    for command in (rollout, kernels, sync):
+    for command in (rollout, kernels, sync, install):
         help_ = "none, int8, fp8, mxfp4, ...; rollout: stock_int8 too; kernels: onednn_int8, lobcq:CODEBOOKS and lobcq@16 too"
         command.add_argument("--formats", nargs="+", metavar="FORMAT", help=help_)
         command.add_argument("--num-rounds", type=int, metavar="N", help="turns of every format; a ratio is the median over rounds")
     switch.add_argument("--num-rounds", type=int, metavar="N", help="switches to each precision; a time is the median over rounds")
-    for command in (rollout, kernels, switch, sync, even):
+    for command in (rollout, kernels, switch, sync, install, even):
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
 
 
@@ -61,6 +64,7 @@ def main(args: argparse.Namespace) -> int:
         return perplexity_table.main(args)
     options = {k: v for k, v in vars(args).items() if k not in ("command", "benchmark", "json") and v is not None}
     benchmarks = {"rollout": _rollout_rows, "kernels": _kernel_rows, "switch": _switch_rows, "sync": _sync_rows}
+    benchmarks["install"] = _install_rows
     benchmarks["break-even"] = _break_even_rows
     rows = benchmarks[args.benchmark](options)
     _print(rows)
@@ -102,6 +106,14 @@ def _sync_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
         return [dataclasses.asdict(row) for row in run_sync_bench(**options)]
     finally:
         ray.shutdown()
+
+
+def _install_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
+    from qurl.bench.install import run_install_bench
+
+    with progress_bar("starting engines") as show:
+        rows = run_install_bench(**options, progress=lambda model, done, total: show(done, total, f"updates, {model}"))
+    return [dataclasses.asdict(row) for row in rows]
 
 
 def _break_even_rows(options: dict[str, Any]) -> list[dict[str, Any]]:

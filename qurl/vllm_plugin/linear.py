@@ -17,7 +17,7 @@ whose inputs are divided each part of a token has scales of its own."""
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,11 +141,8 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         return {name: sum(num_wire_rows(self.format, name, size) for size in self.full_sizes) for name in names}
 
     def _wire_row(self, columns: int) -> dict[str, Tensor]:
-        """Wire tensors of a weight of one row and so many columns, or the next more that the format can encode, one row each."""
-        multiple = self.config.format.column_multiple
-        rounded = -(-columns // multiple) * multiple
-        wire = self.config.format.wire_row(rounded)
-        return {name: rows_of(self.config.format, name, tensor, 1) for name, tensor in wire.items()}
+        """Wire tensors, without content, of a weight of one row and so many columns, or the next more that the format can encode."""
+        return _wire_row(self.config.format, columns)
 
     def _check_parts(self, rows: list[int]) -> None:
         """Raises ValueError where the format cannot be cut as the layer is; rows: this rank's of each fused matrix."""
@@ -226,6 +223,15 @@ class QurlLinearMethod(UnquantizedLinearMethod):
                 continue
             self._graph_storage[name].copy_(parameter.data)
             layer.register_parameter(name, as_parameter(self._graph_storage[name]))
+
+
+@lru_cache(maxsize=1024)
+def _wire_row(format: QuantizationFormat, columns: int) -> dict[str, Tensor]:
+    """What QurlLinearMethod._wire_row returns; a model has few widths, and asks for them several times a layer and update."""
+    multiple = format.column_multiple
+    with torch.device("cpu"):
+        wire = format.wire_row(-(-columns // multiple) * multiple)
+    return {name: rows_of(format, name, tensor, 1).to("meta") for name, tensor in wire.items()}
 
 
 def _own_part(tensor: Tensor, rows: int, columns: int) -> Tensor:

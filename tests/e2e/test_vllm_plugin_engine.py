@@ -257,10 +257,22 @@ def test_the_stream_reaches_the_model_through_vllms_own_calls(checkpoints):
         with pytest.raises(SyncError):
             send(1, manifest[1:])
         assert not running.transfer.receiver.is_ready
-        send(2, manifest)  # a failed update does not wedge vLLM
+        with counted(running.model, "load_weights") as loads, counted(FORMATS["int8"], "encode") as encodings:
+            send(2, manifest)  # a failed update does not wedge vLLM
+        assert len(loads) == 1  # of the one bucket: every call walks over all modules
+        assert not encodings
         assert running.transfer.receiver.version == 2
         assert running.llm.collective_rpc(install_report)[0].num_tensors == len(wire)
         assert generate(running) == generate(fresh)
+
+
+@contextmanager
+def counted(owner, name):
+    """A list that gets an entry for every call of a method of `owner`, which the class has."""
+    calls, method = [], getattr(owner, name)
+    setattr(owner, name, lambda *args: (calls.append(args), method(*args))[1])
+    yield calls
+    delattr(owner, name)
 
 
 def bucket_of(wire, version) -> WireBucket:
