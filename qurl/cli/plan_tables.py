@@ -116,6 +116,8 @@ def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
         yield "reference policy", _size(memory.reference)
     if memory.critic:
         yield "critic", f"{_size(memory.critic)} (its weights, gradients, optimizer and reduce bucket)"
+    if memory.kept_codes:
+        yield "previous codes", f"{_size(memory.kept_codes)} (sync.track_changes)"
     yield "activations", f"{_size(memory.activations)} (estimate)"
     yield "logits", f"{_size(memory.logits)} (a chunk)"
     yield "total", f"{_size(memory.while_training)} on the device"
@@ -124,7 +126,7 @@ def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     if memory.offloaded:
         yield "offloaded", f"{_size(memory.offloaded)} in host memory"
     if memory.previous_codes:
-        yield "previous codes", f"{_size(memory.previous_codes)} in host memory"
+        yield "previous update", f"{_size(memory.previous_codes)} in host memory (sync.delta)"
     if memory.previous_weights:
         yield "previous weights", f"{_size(memory.previous_weights)} in host memory"
 

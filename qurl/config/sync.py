@@ -14,7 +14,8 @@ class SyncConfig:
     max_inflight_buckets: int = 2
     timeout_s: float = 300.0  # an engine that does not answer one step of an update for so long is replaced
     max_retries: int = 2  # per engine and update; then the engine is replaced
-    track_changes: bool = True  # report sync/changed_code_fraction; keeps the previous codes in learner host memory
-    track_updates: bool = False  # report quantization/update_to_noise*; keeps the previous weights there too, in float32
+    track_changes: bool = True  # report sync/changed_code_fraction; keeps previous codes where the learner encodes
+    track_changes_interval: int = 0  # compares one matrix in so many, others in the next update; 0: 1 on CPUs, 11 on GPUs
+    track_updates: bool = False  # report quantization/update_to_noise*; keeps the previous weights in learner host memory, float32
     delta: bool = False  # ship only changed codes where that is smaller; needs track_changes
     audit_layers: int = 0  # weight matrices decoded from the engine and compared after every update

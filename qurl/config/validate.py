@@ -240,7 +240,7 @@ def _sync(config: SyncConfig) -> None:
     _require(config.transport in TRANSPORTS, "sync.transport", config.transport, f"one of {', '.join(TRANSPORTS)}")
     _at_least(1 << 10, "sync.", config, "bucket_bytes")
     _at_least(1, "sync.", config, "max_inflight_buckets")
-    _at_least(0, "sync.", config, "max_retries", "audit_layers")
+    _at_least(0, "sync.", config, "max_retries", "audit_layers", "track_changes_interval")
     _positive("sync.", config, "timeout_s")
     _require(config.track_changes or not config.delta, "sync.delta", "true", "sync.track_changes=true with it, or sync.delta=false")
 

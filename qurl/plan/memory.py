@@ -21,6 +21,7 @@ from qurl.quantization.grouped import GroupedFormat
 from qurl.quantization.lobcq import LoBcq
 from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
+from qurl.sync.code_changes import interval_on
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -44,7 +45,8 @@ class LearnerMemory:
     activations: int
     logits: int
     offloaded: int  # optimizer state, gradients and weights that DeepSpeed keeps on the host
-    previous_codes: int
+    kept_codes: int  # that the next update is compared with; on the device
+    previous_codes: int  # all wire tensors, for sync.delta
     previous_weights: int  # float32 copies that updates are measured against
     whole_model: int  # in the dtype of forward and backward; on the device until ZeRO-3 has sharded it, one after the other
     as_read: int  # the model in float32, on the host until the master weights are made of it
@@ -52,7 +54,7 @@ class LearnerMemory:
     @property
     def while_training(self) -> int:
         """On the device."""
-        return self.state + self.gathered + self.reference + self.critic + self.activations + self.logits
+        return self.state + self.gathered + self.reference + self.critic + self.kept_codes + self.activations + self.logits
 
     @property
     def while_starting(self) -> int:
@@ -141,12 +143,14 @@ def holds_decoded(config: TrainConfig) -> bool:
     return isinstance(quantization, GroupedFormat) and not isinstance(quantization, LoBcq)
 
 
-def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, targets: frozenset[str]) -> LearnerMemory:
+def learner_memory(
+    config: TrainConfig, model: ModelFacts, update_bytes: int, targets: frozenset[str], device: str
+) -> LearnerMemory:
     """One rank under learner.zero_stage (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1).
 
     bfloat16 keeps gradients and master weights in float32; stage 0 then runs as stage 1. An offloaded optimizer has gradients on
     the host twice, as they are accumulated and in float32 for the step, and the weights that go back to the device under stages
-    1 and 2; stage 1 sums its gradients on the device. codes_bytes: of the whole model. targets: the modules that are quantized."""
+    1 and 2; stage 1 sums its gradients on the device. update_bytes: of one weight update. targets: the modules that are quantized. device: that the rank trains on."""
     learner = config.learner
     size, ranks = model.num_parameters, learner.num_ranks
     zero = deepspeed_config(learner, size)["zero_optimization"]
@@ -156,12 +160,12 @@ def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, tar
     gradients = size * 4 // (ranks if stage >= 2 else 1)
     optimizer = size * (12 if stage >= 1 else 8) // (ranks if stage >= 1 else 1)
     offloaded = 0
-    if (device := offload_device(zero, "offload_optimizer")) != "none":
+    if (place := offload_device(zero, "offload_optimizer")) != "none":
         twice = 8 if stage == 3 else 4 + 2 * compute
-        offloaded += optimizer + size * twice // ranks if device == "cpu" else 0
+        offloaded += optimizer + size * twice // ranks if place == "cpu" else 0
         gradients, optimizer = gradients if stage == 1 else 0, 0
-    if (device := offload_device(zero, "offload_param")) != "none":
-        offloaded += weights if device == "cpu" else 0
+    if (place := offload_device(zero, "offload_param")) != "none":
+        offloaded += weights if place == "cpu" else 0
         weights = 0
     tokens = learner.max_tokens_per_micro_batch
     quantized = sum(math.prod(shape) for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets)
@@ -177,11 +181,22 @@ def learner_memory(config: TrainConfig, model: ModelFacts, codes_bytes: int, tar
         activations=tokens * _activations_per_token(model, learner.activation_checkpointing) * compute,
         logits=(5 if config.algorithm.entropy_coefficient else 3) * min(tokens * model.vocab_size * 4, LOGIT_BYTES),
         offloaded=offloaded,
-        previous_codes=codes_bytes // ranks if config.sync.track_changes else 0,
+        kept_codes=_kept_codes(config, model, targets, device),
+        previous_codes=update_bytes // ranks if config.sync.delta else 0,
         previous_weights=4 * quantized // ranks if config.sync.track_updates else 0,
         whole_model=size * compute,
         as_read=size * 4,
     )
+
+
+def _kept_codes(config: TrainConfig, model: ModelFacts, targets: frozenset[str], device: str) -> int:
+    """What sync.track_changes keeps on a rank: the codes of one matrix in so many, of the rank's share."""
+    if not config.sync.track_changes:
+        return 0
+    codes = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks).bits_per_weight
+    shapes = [shape for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets]
+    total = sum(math.prod(shape) * codes(shape) / 8 for shape in shapes)
+    return math.ceil(total / config.learner.num_ranks / interval_on(device, config.sync.track_changes_interval))
 
 
 def _activations_per_token(model: ModelFacts, checkpointing: bool) -> int:

@@ -78,9 +78,9 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     targets = check_model(config, model)
     check_raised_precision(config, targets, placement.device)
     wire = wire_bytes(config, model, targets)
-    learner = learner_memory(config, model, wire, targets)
+    learner = learner_memory(config, model, wire, targets, placement.device)
     if (critic := read_critic_facts(config, model)) is not None:
-        learner = learner.with_critic(learner_memory(config, critic, 0, frozenset()))
+        learner = learner.with_critic(learner_memory(config, critic, 0, frozenset(), placement.device))
     held = engine_weight_bytes(config, model, targets, placement.device)
     batches = [plan_batch(config, stage) for stage in range(len(config.stages) + 1)]
     engines = [
@@ -145,7 +145,7 @@ def _refuse_memory(plan: RunPlan) -> None:
         raise ConfigError(
             f"the run needs about {_gib(plan.host_bytes)} of {whose} {_gib(memory)} memory; lower "
             "learner.max_tokens_per_micro_batch, rollout.num_engines or rollout.engine_args.kv_cache_memory_bytes, "
-            "set sync.track_changes=false and sync.track_updates=false, offload less, or take a smaller model"
+            "set sync.delta=false, sync.track_changes=false and sync.track_updates=false, offload less, or take a smaller model"
         )
     for batch, engine in [(plan.batch, plan.engine), *((stage.batch, stage.engine) for stage in plan.stages)]:
         if engine.kv_pool is not None and engine.kv_per_sequence > engine.kv_pool:

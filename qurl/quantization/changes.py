@@ -20,11 +20,17 @@ def num_codes(codes: Tensor) -> int:
     return codes.numel() * (2 if is_packed(codes) else 1)
 
 
-def num_changed_codes(previous: Tensor, current: Tensor) -> int:
-    """Codes whose bits differ in two tensors of codes of the same shape and dtype."""
+def count_changed_codes(previous: Tensor, current: Tensor) -> Tensor:
+    """Codes whose bits differ in two tensors of codes of the same shape, dtype and device; a number on that device."""
     difference = previous.view(torch.uint8) ^ current.view(torch.uint8)
-    parts = (difference & 15, difference >> 4) if is_packed(current) else (difference,)
-    return sum(int(part.count_nonzero()) for part in parts)
+    if is_packed(current):
+        return (difference & 15).count_nonzero() + (difference >> 4).count_nonzero()
+    return difference.count_nonzero()
+
+
+def num_changed_codes(previous: Tensor, current: Tensor) -> int:
+    """count_changed_codes on the host."""
+    return int(count_changed_codes(previous, current))
 
 
 def changed_codes(previous: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> tuple[int, int]:

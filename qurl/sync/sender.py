@@ -20,9 +20,10 @@ from torch import Tensor
 
 from qurl.config.sync import SyncConfig
 from qurl.quantization.base import QuantizationFormat
-from qurl.quantization.changes import is_code, num_changed_codes, num_codes
+from qurl.quantization.changes import is_code
 from qurl.quantization.rounding import rounding_generator
 from qurl.sync.bucket import Delta, WireTensor, describe, lay_out
+from qurl.sync.code_changes import CodeChanges
 from qurl.sync.delta import find_changes, is_smaller_as_delta, num_changes
 from qurl.sync.protocol import EngineHandle, SyncError
 from qurl.sync.transports import Delivery, Transport, choose_transport, make_transport
@@ -59,8 +60,6 @@ class _Progress:
     encode_s: float = 0.0
     transfer_s: float = 0.0
     num_bytes: int = 0
-    num_changed_codes: int = 0
-    num_codes: int = 0
     update_to_noise: dict[str, float] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     unresponsive: set[int] = field(default_factory=set)
@@ -85,6 +84,8 @@ class WeightSender:
         Raises ValueError for options that do not go together."""
         if config.delta and not config.track_changes:
             raise ValueError("sync.delta=true needs the previous codes; set sync.track_changes=true")
+        if config.track_changes_interval < 0:
+            raise ValueError(f"sync.track_changes_interval={config.track_changes_interval} must be at least 0")
         if config.bucket_bytes <= 0 or config.max_inflight_buckets <= 0:
             given = f"sync.bucket_bytes={config.bucket_bytes} and sync.max_inflight_buckets={config.max_inflight_buckets}"
             raise ValueError(f"{given}: both must be at least 1")
@@ -99,7 +100,8 @@ class WeightSender:
         self._version = 0  # sent last
         self._update_noise = UpdateNoise() if config.track_updates else None
         self._transport: Transport | None = None
-        self._previous: dict[str, Tensor] = {}  # host copies of codes; of all wire tensors where deltas are sent
+        self._code_changes = CodeChanges(config.track_changes_interval) if config.track_changes else None
+        self._previous: dict[str, Tensor] = {}  # host copies of all wire tensors, where deltas are sent
         self._previous_version: int | None = None  # None: the copies are of no single version
         self._sqnr_db: dict[str, float] = {}  # module -> latest measurement
 
@@ -113,6 +115,8 @@ class WeightSender:
         base_version = None if full or not self._config.delta else self._previous_version
         self._previous_version = None
         self._version = version
+        if self._code_changes is not None:
+            self._code_changes.begin(version)
         progress = _Progress()
         under_way: deque[Delivery] = deque()
         try:
@@ -164,6 +168,8 @@ class WeightSender:
             return
         self._previous.clear()
         self._previous_version = None
+        if self._code_changes is not None:
+            self._code_changes.forget()
         if self._update_noise is not None:
             self._update_noise = UpdateNoise()
 
@@ -227,25 +233,23 @@ class WeightSender:
         """Ready to travel, whole or as changes; remembers it for the next update."""
         record = describe(name, tensor)
         progress.records.append(record)
-        previous = self._previous.get(name)
-        codes = is_code(name, tensor)
-        if not self._config.delta and not (self._config.track_changes and codes):
-            return WireTensor(record=record, pieces=(tensor,), delta=None)
-        on_host = tensor.cpu()
+        if self._code_changes is not None and is_code(name, tensor):
+            self._code_changes.see(name, tensor)
+        whole = WireTensor(record=record, pieces=(tensor,), delta=None)
+        if not self._config.delta:
+            return whole
+        previous, on_host = self._previous.get(name), tensor.cpu()
         if previous is None or previous.shape != tensor.shape or previous.dtype != tensor.dtype:
             self._previous[name] = on_host.clone()
-            return WireTensor(record=record, pieces=(tensor,), delta=None)
+            return whole
         changes = num_changes(previous, on_host)
-        if codes:
-            progress.num_codes += num_codes(tensor)
-            progress.num_changed_codes += num_changed_codes(previous, on_host)
-        pieces: tuple[Tensor, ...] = (tensor,)
-        delta = None
+        wire = whole
         if base_version is not None and is_smaller_as_delta(tensor, changes):
-            pieces, delta = find_changes(previous, on_host), Delta(base_version=base_version, num_changes=changes)
+            delta = Delta(base_version=base_version, num_changes=changes)
+            wire = WireTensor(record=record, pieces=find_changes(previous, on_host), delta=delta)
         if changes:
             previous.copy_(on_host)
-        return WireTensor(record=record, pieces=pieces, delta=delta)
+        return wire
 
     # ---- sending ----------------------------------------------------------------------------------------------------
 
@@ -284,8 +288,8 @@ class WeightSender:
             encode_s=progress.encode_s,
             transfer_s=progress.transfer_s,
             num_bytes=progress.num_bytes,
-            num_changed_codes=progress.num_changed_codes,
-            num_codes=progress.num_codes,
+            num_changed_codes=0 if self._code_changes is None else self._code_changes.num_changed(),
+            num_codes=0 if self._code_changes is None else self._code_changes.num_codes,
             update_to_noise=progress.update_to_noise,
             sqnr_min_db=min(self._sqnr_db.values(), default=None),
             failed=progress.failed,

@@ -25,6 +25,7 @@ from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import ALL_BLOCKS, AxBxP
 from qurl.sync import SyncError, WeightSender, merge_send_reports
 from qurl.sync.bucket import ALIGNMENT
+from qurl.sync.code_changes import CodeChanges, interval_on
 from qurl.sync.transports.base import Delivery
 
 
@@ -201,6 +202,54 @@ def test_changed_codes_are_counted_as_a_loop_over_the_encodings_does(delta):
     assert report.num_changed_codes == sum(a != b for old, new in pairs for a, b in zip(old, new, strict=True)) > 0
 
 
+@pytest.mark.parametrize("interval", [2, 3, 4])
+def test_with_an_interval_each_update_compares_some_matrices_and_they_take_turns(interval):
+    sender, engine, weights = make_sender(track_changes_interval=interval), LocalEngine(), make_weights()
+    update(sender, engine, 1, weights)
+    total = changed = expected_changed = 0
+    for version in range(2, 2 + interval):
+        moved = nudge(weights, seed=version)
+        report = update(sender, engine, version, moved)
+        due = [m for position, m in enumerate(LINEARS) if (position + version) % interval == 0]
+        before, after = (encoded(w) for w in (weights, moved))
+        expected = sum(int((before[f"{m}.weight"] != after[f"{m}.weight"]).sum()) for m in due)
+        assert (report.num_codes, report.num_changed_codes) == (len(due) * 48 * 128, expected)
+        total, changed, expected_changed = total + report.num_codes, changed + report.num_changed_codes, expected_changed + expected
+        weights = moved
+    assert total == len(LINEARS) * 48 * 128 and changed == expected_changed > 0  # every matrix once
+
+
+def test_codes_are_compared_where_they_are_and_copied_to_the_host_for_deltas_alone(monkeypatch):
+    copied, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: (copied.append(tensor.nbytes), cpu(tensor))[1])
+    clone, cloned = torch.Tensor.clone, []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: (cloned.append(tensor.nbytes), clone(tensor))[1])
+    for delta in (False, True):
+        weights, sender = make_weights(), make_sender(delta=delta)
+        reports = []
+        for version in range(1, 4):
+            copied.clear(), cloned.clear()
+            reports.append(sender.send(version, iter(weights.items()), []))
+            sent = encoded(weights).values()
+            assert copied == ([tensor.nbytes for tensor in sent] if delta else [])
+            # the copies that the first delta is told from; otherwise the encoding itself is kept
+            assert len([size for size in cloned if size == 48 * 128]) == (len(LINEARS) if delta and version == 1 else 0)
+            weights = nudge(weights, seed=version)
+        assert reports[1].num_codes == len(LINEARS) * 48 * 128 and reports[2].num_changed_codes > 0
+
+
+def test_an_accelerator_keeps_and_compares_one_matrix_in_eleven():
+    assert [interval_on(device, 0) for device in ("cpu", "cuda")] == [1, 11] and interval_on("cuda", 3) == 3
+    changes = CodeChanges(0)
+    codes = {f"layer.{k}.weight": torch.empty(4, 4, dtype=torch.int8, device="meta") for k in range(33)}
+    for version in range(1, 5):
+        changes.begin(version)
+        for name, tensor in codes.items():
+            changes.see(name, tensor)
+        assert changes.num_codes == (3 * 16 if version > 1 else 0)
+        assert len(changes._kept) == 3
+
+
 def test_without_tracking_nothing_is_kept_or_counted():
     sender, engine = make_sender(track_changes=False), LocalEngine()
     update(sender, engine, 1, make_weights())
@@ -331,6 +380,8 @@ def test_at_most_max_inflight_buckets_and_the_next_one_exist_at_a_time(monkeypat
 def test_options_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="sync.track_changes=true"):
         make_sender(delta=True, track_changes=False)
+    with pytest.raises(ValueError, match="sync.track_changes_interval=-1"):
+        make_sender(track_changes_interval=-1)
     with pytest.raises(ValueError, match="sync.bucket_bytes=0"):
         make_sender(bucket_bytes=0)
     with pytest.raises(ValueError, match="sync.transport='carrier_pigeon' is unknown; use one of cuda_ipc, gloo"):
