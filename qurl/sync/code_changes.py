@@ -12,8 +12,8 @@ from torch import Tensor
 from qurl.quantization.changes import count_changed_codes, num_codes
 
 ACCELERATOR_INTERVAL = 11
-"""Matrices of which one is compared where they lie on a GPU: 6 % of an INT8 model's bytes are kept then, and not all of them. No
-usual number of matrices in a layer (4, 7) shares a divisor with it, so every update sees all kinds of matrices."""
+"""Matrices of which one is compared where they lie on a GPU, so that 9 % of the codes are kept there and not all of them. The usual
+numbers of matrices in a layer (4, 7) share no divisor with it, so every update sees all kinds of matrices."""
 
 
 def interval_on(device_type: str, configured: int) -> int:
