@@ -150,7 +150,8 @@ def learner_memory(
 
     bfloat16 keeps gradients and master weights in float32; stage 0 then runs as stage 1. An offloaded optimizer has gradients on
     the host twice, as they are accumulated and in float32 for the step, and the weights that go back to the device under stages
-    1 and 2; stage 1 sums its gradients on the device. update_bytes: of one weight update. targets: the modules that are quantized. device: that the rank trains on."""
+    1 and 2; stage 1 sums its gradients on the device. update_bytes: of one weight update.
+    targets: the modules that are quantized. device: that the rank trains on."""
     learner = config.learner
     size, ranks = model.num_parameters, learner.num_ranks
     zero = deepspeed_config(learner, size)["zero_optimization"]

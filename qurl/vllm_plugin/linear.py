@@ -141,7 +141,7 @@ class QurlLinearMethod(UnquantizedLinearMethod):
         return {name: sum(num_wire_rows(self.format, name, size) for size in self.full_sizes) for name in names}
 
     def _wire_row(self, columns: int) -> dict[str, Tensor]:
-        """Wire tensors, without content, of a weight of one row and so many columns, or the next more that the format can encode."""
+        """Wire tensors, without content, of a weight of one row and so many columns, or the next more that can be encoded."""
         return _wire_row(self.config.format, columns)
 
     def _check_parts(self, rows: list[int]) -> None:
