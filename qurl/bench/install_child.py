@@ -31,7 +31,7 @@ def main(folder: Path, job: dict[str, Any]) -> None:
 
     weights = _write_model(folder / "model", job["num_layers"])
     engine = build_engine(folder / "model", job["format"], True)
-    worker = engine.collective_rpc(lambda worker: worker)[0]
+    worker: Any = engine.collective_rpc(lambda worker: worker)[0]
     timed = _Timed(worker.weight_transfer_engine.installer)
     receiver = WeightReceiver(timed)
     linears = [name.removesuffix(".weight") for name in weights if name.endswith("_proj.weight")]
@@ -68,7 +68,8 @@ def _write_model(folder: Path, num_layers: int) -> dict[str, Tensor]:
         vocab_size=512, tie_word_embeddings=True, max_position_embeddings=4096,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model: Any = Qwen2ForCausalLM(config)
+    model = model.to(torch.bfloat16)
     model.save_pretrained(folder)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
