@@ -21,6 +21,7 @@ from qurl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfi
 from qurl.errors import remote_cause
 from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import Last, Metric, reduce_metrics
+from qurl.shared_files import SharedFiles, Written, host_name, look
 from qurl.sync import EngineHandle, SendReport, merge_send_reports
 from qurl.types import TrainingSample
 
@@ -45,6 +46,15 @@ class LearnerRank:
     def pid(self) -> int:
         """Process id on its node."""
         return os.getpid()
+
+    def look(self, files: SharedFiles, who: str) -> str:
+        """See qurl.shared_files."""
+        return look(files, who, writes=True)
+
+    def written(self, folder: Path) -> tuple[str, dict[str, int]]:
+        """(this host, bytes of each file below `folder` as this host sees it)."""
+        files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith(".nfs"))
+        return host_name(), {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
     def start(self, configs: Sequence[Any], options: dict[str, Any]) -> None:
         """Build the Learner."""
@@ -104,12 +114,21 @@ class LearnerGroup:
         self._rank_options = rank_options
         self._ranks: list[Any] = []
 
-    async def start(self) -> None:
-        """Start the processes and load the model. Raises what Learner raises, LearnerDied for a lost process."""
+    async def start(self, files: SharedFiles | None = None) -> None:
+        """Start the processes and load the model. files: what each must see before that.
+
+        Raises ConfigError for a rank that does not see them, what Learner raises, LearnerDied for a lost process."""
         actor = ray.remote(LearnerRank)
         self._ranks = [
             actor.options(**{**self._ray_options, **self._rank_options(rank)}).remote() for rank in range(self._config.num_ranks)
         ]
+        if files is not None:
+            names = [f"learner rank {rank}" for rank in range(len(self._ranks))]
+            hosts = await self._gather([
+                handle.look.remote(files, name) for handle, name in zip(self._ranks, names, strict=True)
+            ])
+            for name, host in zip(names, hosts, strict=True):
+                files.refuse_blindness(name, host)
         [(address, port)] = await self._gather([self._ranks[0].address.remote()])
         world = {"world_size": len(self._ranks), "master_address": address, "master_port": port}
         await self._gather([
@@ -148,9 +167,10 @@ class LearnerGroup:
         """Linear modules as engines must hold them, decoded; see Learner."""
         return (await self._call_all("decoded_weights", start, count))[0]
 
-    async def save_checkpoint(self, folder: Path) -> None:
-        """Every rank writes its part into `folder`, which all nodes must see."""
+    async def save_checkpoint(self, folder: Path) -> Written:
+        """Every rank writes its part into `folder`, which all nodes must see. Returns what each host sees there afterwards."""
         await self._call_all("save_checkpoint", folder)
+        return dict(await self._gather([handle.written.remote(folder) for handle in self._ranks]))
 
     async def load_checkpoint(self, folder: Path) -> None:
         """Continue bit for bit from save_checkpoint. Raises ValueError for a checkpoint of another kind of run."""

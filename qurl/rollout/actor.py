@@ -12,6 +12,7 @@ from qurl.actors import portable, portable_errors
 from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
 from qurl.rollout.engine import EngineFailed, EngineStatus, RolloutEngine
 from qurl.rollout.request import GenerationRequest
+from qurl.shared_files import SharedFiles, look
 from qurl.types import Rollout, TensorRecord
 
 MAX_CONCURRENCY = 4096  # calls of one actor that may wait at the same time
@@ -24,6 +25,10 @@ class EngineActor:
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._arguments = args, kwargs
+
+    async def look(self, files: SharedFiles, who: str) -> str:
+        """See qurl.shared_files; an engine writes nothing into the run folder."""
+        return look(files, who, writes=False)
 
     async def start(self) -> None:
         """Build the engine."""

@@ -23,6 +23,7 @@ from qurl.errors import GuardStop, one_line, remote_cause
 from qurl.rollout.engine import EngineFailed
 from qurl.rollout.engine_errors import EngineErrors
 from qurl.rollout.request import GenerationRequest, Sampling, sample_seed
+from qurl.shared_files import SharedFiles
 from qurl.types import Prompt, Rollout, RolloutGroup
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,11 @@ class RolloutPool:
         self._num_redispatched = 0
         self._max_load = int(ROOM * int(config.engine_args.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS)))
 
-    async def start(self) -> None:
-        """Start all engines side by side and wait until they answer. Raises what the first failing one raised."""
-        self._engines = await self._started_engines()
+    async def start(self, files: SharedFiles | None = None) -> None:
+        """Start all engines side by side and wait until they answer. files: what each must see before it loads a model.
+
+        Raises what the first failing one raised."""
+        self._engines = await self._started_engines(files)
         self._spawn(self._watch())
 
     async def restart(self, start_actor: Callable[[str], Any]) -> None:
@@ -115,8 +118,12 @@ class RolloutPool:
             text = one_line(remote_cause(error))
             self._lose(engine, f"it did not take quantization.precision={precision} ({text})", text)
 
-    async def _started_engines(self) -> list[_Engine]:
+    async def _started_engines(self, files: SharedFiles | None = None) -> list[_Engine]:
         engines = [self._new_engine() for _ in range(self._config.num_engines)]
+        if files is not None:
+            await asyncio.gather(*(
+                _as_future(engine.handle.look.remote(files, f"engine {engine.engine_id}")) for engine in engines
+            ))
         await asyncio.gather(*(_as_future(engine.handle.start.remote()) for engine in engines))
         return engines
 

@@ -6,18 +6,23 @@ step already, saving it again replaces the trainer's state alone, in one rename.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from qurl.errors import one_line
+from qurl.shared_files import Written, host_name
 
 TRAINER_STATE = "trainer_state.json"
 FILES = "files"  # its entry about the files beside it
+SEEN_WITHIN_S = 90.0  # a network file system may answer from a cache for up to a minute
+POLL_S = 0.5
 STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -55,8 +60,11 @@ class Checkpoints:
                 raise self._damaged(folder, f"{name} has {found[name]} of {size} bytes")
         return state
 
-    async def save(self, step: int, state: dict[str, Any], save_learner: Callable[[Path], Awaitable[None]]) -> Path:
-        """Write one. Raises RuntimeError where the disk is full; the previous one, if any, stays the latest."""
+    async def save(self, step: int, state: dict[str, Any], save_learner: Callable[[Path], Awaitable[Written]]) -> Path:
+        """Write one. save_learner: writes the learner's files, returns what each host then sees of them.
+
+        Raises RuntimeError where the disk is full or a file of some host is not seen here; the previous one, if any, stays the
+        latest."""
         name = f"step_{step:06d}"
         if _text(self._dir / "latest") == name:
             return self._save_state_again(self._dir / name, state)
@@ -65,7 +73,7 @@ class Checkpoints:
             for left in self._dir.glob(".partial_*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
-            await save_learner(partial)
+            await _until_seen(partial, await save_learner(partial))
             _write(partial / TRAINER_STATE, json.dumps({**state, FILES: _file_sizes(partial)}))
             shutil.rmtree(self._dir / name, ignore_errors=True)
             partial.rename(self._dir / name)
@@ -118,6 +126,24 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file but the state itself, by path below `folder`."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (TRAINER_STATE, f".{TRAINER_STATE}"))
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+async def _until_seen(folder: Path, written: Written) -> None:
+    """Wait until every file that a host sees below `folder` is here, as large as there. Raises RuntimeError after SEEN_WITHIN_S."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while True:
+        here = _file_sizes(folder)
+        missing = [(host, name) for host, files in written.items() for name, size in files.items() if here.get(name) != size]
+        if not missing:
+            return
+        if time.monotonic() > deadline:
+            host, name = missing[0]
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise RuntimeError(
+                f"{name} of {host}{more} is not seen on {host_name()}, where `qurl train` runs; output_dir must be a folder "
+                "that all nodes share"
+            )
+        await asyncio.sleep(POLL_S)
 
 
 def _text(path: Path) -> str:

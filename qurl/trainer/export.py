@@ -19,11 +19,13 @@ def latest_checkpoint(run_dir: Path) -> Path:
 async def export_run(run_dir: Path, out: Path) -> None:
     """Load the run's latest checkpoint with as many ranks as wrote it, and write its weights. Raises ConfigError without one."""
     from qurl.config.compose import load_config
+    from qurl.config.paths import with_absolute_paths
     from qurl.config.placement import place
     from qurl.learner.group import LearnerGroup
     from qurl.trainer.start import naming, ray_session
 
-    config = load_config(run_dir / "config.yaml")
+    config = with_absolute_paths(load_config(run_dir / "config.yaml"))
+    run_dir, out = run_dir.resolve(), out.resolve()
     checkpoint = latest_checkpoint(run_dir)
     placement = place(config)
     with ray_session(config) as ray_logs:
@@ -36,7 +38,9 @@ async def export_run(run_dir: Path, out: Path) -> None:
             with naming("the learner did not start", ray_logs):
                 await learner.start()
             with naming(f"checkpoint {checkpoint} was not loaded", ray_logs):
-                await learner.load_checkpoint(checkpoint.resolve())
-            await learner.export_hf(out.resolve())
+                await learner.load_checkpoint(checkpoint)
+            await learner.export_hf(out)
         finally:
             learner.close()
+    if not (out / "config.json").is_file():
+        raise ConfigError(f"{out} is not seen by the node that wrote it; export to a folder that all nodes share")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qurl.config import TrainConfig
+from qurl.config.paths import with_absolute_paths
 from qurl.data import PromptStream, build_prompts, load_rows
 from qurl.errors import ConfigError, GuardStop, one_line, remote_cause
 from qurl.learner.huggingface import check_weight_files
@@ -38,6 +39,7 @@ def run(config: TrainConfig) -> int:
 
     Raises ConfigError or ValueError for what the user must change, before anything heavy starts."""
     with RunFolder(config) as folder:
+        config = with_absolute_paths(config)  # config.yaml keeps the user's spelling
         checkpoints = Checkpoints(folder.path, config.checkpoint.keep_last)
         resume_from = checkpoints.latest()
         state = checkpoints.state(resume_from) if resume_from else None

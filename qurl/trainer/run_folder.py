@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ class RunFolder:
     Raises ConfigError where another process trains there, or where a checkpoint there was made with another configuration."""
 
     def __init__(self, config: TrainConfig):
-        self.path = Path(config.output_dir).expanduser() / config.run_name
+        self.path = Path(os.path.abspath(os.path.expanduser(config.output_dir))) / config.run_name
         self.resolved = resolved(config)
         self._held = ExitStack()
 

@@ -16,12 +16,14 @@ from typing import Any
 import ray
 
 from qurl.config import QuantizationConfig, TrainConfig
+from qurl.config.paths import shared_paths
 from qurl.config.placement import Placement, place
 from qurl.errors import ConfigError, one_line, remote_cause
 from qurl.learner.group import LearnerGroup
 from qurl.rewards import RewardPool
 from qurl.rollout.actor import start_engine_actor
 from qurl.rollout.pool import RolloutPool
+from qurl.shared_files import shared_files
 from qurl.sync.transports import AUTO, choose_transport
 from qurl.trainer.gpus import GpuReservation
 from qurl.trainer.interrupt import or_interrupt
@@ -98,7 +100,7 @@ async def started_parts(
 
     async def start_learner() -> None:
         with naming("the learner did not start", ray_logs):
-            await learner.start()
+            await learner.start(files)
         if resume_from is not None:
             with naming(f"checkpoint {resume_from} was not loaded", ray_logs):
                 await learner.load_checkpoint(resume_from)
@@ -106,10 +108,11 @@ async def started_parts(
 
     async def start_pool() -> None:
         with naming("the rollout engine did not start", ray_logs):
-            await pool.start()
+            await pool.start(files)
 
     try:
-        await or_interrupt(asyncio.gather(start_learner(), start_pool(), rewards.start()), interrupt)
+        with shared_files(run_dir, shared_paths(config)) as files:
+            await or_interrupt(asyncio.gather(start_learner(), start_pool(), rewards.start()), interrupt)
         yield learner, pool, rewards
     finally:
         learner.close()
@@ -118,9 +121,12 @@ async def started_parts(
 
 @contextlib.contextmanager
 def naming(what: str, ray_logs: Path) -> Iterator[None]:
-    """Says what failed, and where its output is: ValueError if an actor raised one, RuntimeError for all else."""
+    """Says what failed, and where its output is: ValueError if an actor raised one, RuntimeError for all else. A ConfigError, which
+    names a key and a remedy, passes."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # trust boundary: vLLM, DeepSpeed and transformers raise whatever they like
         cause = remote_cause(error)
         kind = ValueError if isinstance(cause, ValueError) else RuntimeError

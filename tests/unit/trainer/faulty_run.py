@@ -207,6 +207,7 @@ class World:
     async def save_checkpoint(self, folder: Path):
         self.point("checkpoint")
         (folder / "weights").write_text(str(self.weights))
+        return {}
 
     def take_redispatched(self) -> int:
         return 0

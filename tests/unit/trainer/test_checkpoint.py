@@ -5,14 +5,16 @@ import errno
 
 import pytest
 
+from qurl.trainer import checkpoint
 from qurl.trainer.checkpoint import Checkpoints
 
 
-def save(checkpoints, step, content="weights", fail=None, **state):
+def save(checkpoints, step, content="weights", fail=None, written=None, **state):
     async def save_learner(folder):
         (folder / "weights").write_text(content)
         if fail:
             raise fail
+        return written or {"a": {"weights": len(content)}}
 
     return asyncio.run(checkpoints.save(step, {"step": step, **state}, save_learner))
 
@@ -110,3 +112,27 @@ def test_a_learner_file_that_is_cut_short_or_gone_is_refused_by_name(tmp_path):
     (folder / "weights").unlink()
     with pytest.raises(ValueError, match="step_000002 is damaged: weights is gone; write step_000001 into"):
         checkpoints.state(folder)
+
+
+def test_a_checkpoint_of_which_a_shard_is_not_seen_here_is_not_the_latest(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SEEN_WITHIN_S", 0.0)
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    save(checkpoints, 1)
+    for written, told in (
+        ({"a": {"weights": 7}, "node b": {"random_rank1.pt": 9}}, "random_rank1.pt of node b is not seen on"),
+        ({"node b": {"weights": 8, "more": 1}}, r"weights of node b \(and 1 more\) is not seen on"),
+    ):
+        with pytest.raises(RuntimeError, match=f"step 2 was not written .*{told}.*; the previous one is still the latest"):
+            save(checkpoints, 2, written=written)
+        assert checkpoints.latest().name == "step_000001"
+
+
+def test_a_shard_that_is_seen_later_is_waited_for(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+
+    async def late(seconds):
+        (tmp_path / "checkpoints" / ".partial_step_000001" / "late").write_text("1")
+
+    monkeypatch.setattr(checkpoint.asyncio, "sleep", late)
+    save(checkpoints, 1, written={"node b": {"weights": 7, "late": 1}})
+    assert checkpoints.state(checkpoints.latest()) == {"step": 1}
