@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Hardware:
     shm_bytes: int  # free in /dev/shm
     gpus: tuple[Gpu, ...]
     num_nodes: int = 1
+    hidden_gpus: str = ""  # why torch sees none of the GPUs that the kernel has; "" where it has none
 
     @property
     def int8_instructions(self) -> str:
@@ -51,6 +53,7 @@ def detect() -> Hardware:
         memory_bytes=min(psutil.virtual_memory().total, _container_memory()),
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         gpus=gpus(),
+        hidden_gpus=hidden_gpus(),
     )
 
 
@@ -71,6 +74,29 @@ def gpus() -> tuple[Gpu, ...]:
         return ()
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return tuple(Gpu(name=p.name, memory_bytes=p.total_memory, capability=(p.major, p.minor)) for p in found)
+
+
+MIN_DRIVER = {"13": 580, "12": 525}
+"""NVIDIA driver that a major version of CUDA needs, https://docs.nvidia.com/deploy/cuda-compatibility."""
+
+
+def hidden_gpus(devices: Path = Path("/dev"), driver: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Why torch sees no GPU although the kernel has one; "" where it has none, torch sees it, or CUDA_VISIBLE_DEVICES hides it."""
+    import torch
+
+    files = sorted(devices.glob("nvidia[0-9]*"))
+    if not files or torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    cuda = torch.version.cuda
+    if cuda is None:
+        return f"{files[0]} exists, but torch {torch.__version__} is built without CUDA; install requirements/gpu.lock"
+    match = re.search(r"Kernel Module(?: for \S+)?\s+(\d+)", _read(str(driver)))
+    needed = MIN_DRIVER.get(cuda.partition(".")[0])
+    found = f"driver {match[1]}" if match else "no driver version"
+    if match and needed and int(match[1]) >= needed:
+        return f"{files[0]} exists and driver {match[1]} is new enough for CUDA {cuda}, but torch sees no GPU; see `nvidia-smi`"
+    needs = f", which needs driver {needed} or newer" if needed else ""
+    return f"{files[0]} exists, but torch is built for CUDA {cuda}{needs}, and {found} is there; update the driver"
 
 
 def _cpu() -> tuple[str, frozenset[str]]:

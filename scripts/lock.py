@@ -11,7 +11,8 @@ def main(report: str, extras: str, *excluded: str) -> None:
     packages = [entry["metadata"] for entry in json.loads(Path(report).read_text())["install"]]
     pins = {re.sub(r"[-_.]+", "-", p["name"]).lower(): p["version"] for p in packages}
     named = " and ".join(f"`{extra}`" for extra in extras.split(","))
-    lines = [f"# Full lock of the {named} extras; installed with --no-deps. Made by `make lock`."]
+    python = ".".join(map(str, sys.version_info[:2]))
+    lines = [f"# Full lock of the {named} extras for Python {python}; installed with --no-deps. Made by `make lock`."]
     lines += [f"{name}=={pins[name]}" for name in sorted(pins.keys() - {"qurl", *excluded})]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -28,7 +28,7 @@ def measure_in_child(module: str, job: Mapping[str, Any], num_threads: int | Non
     environment = os.environ | {
         "OMP_NUM_THREADS": str(num_threads or len(os.sched_getaffinity(0))), "GOMP_SPINCOUNT": "1000",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_DEEP_GEMM": "0",
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="qurl-bench-") as folder:
         command = [sys.executable, "-m", module, str(os.getpid()), folder, json.dumps(job)]

@@ -24,17 +24,25 @@ class Placement:
     gpus_per_rank: float
 
 
-def place(config: TrainConfig, num_gpus: int | None = None, num_cores: int | None = None) -> Placement:
+def place(
+    config: TrainConfig, num_gpus: int | None = None, num_cores: int | None = None, hidden_gpus: str | None = None
+) -> Placement:
     """Resolve cluster.device, the thread counts and the GPU shares.
 
-    num_gpus, num_cores: default to this machine's. Raises ConfigError where the GPUs that are asked for do not exist; those of a
-    remote cluster (cluster.address) are Ray's to find unless num_gpus says how many it has."""
+    num_gpus, num_cores, hidden_gpus: default to this machine's. Raises ConfigError where the GPUs that are asked for do not exist,
+    and where auto would mean the CPU although the kernel has GPUs that torch does not see. Those of a remote cluster
+    (cluster.address) are Ray's to find unless num_gpus says how many it has."""
     cluster = config.cluster
     is_known = num_gpus is not None or cluster.address is None
-    num_gpus = len(hardware.gpus()) if num_gpus is None else num_gpus
+    if num_gpus is None:
+        num_gpus, hidden_gpus = len(hardware.gpus()), hardware.hidden_gpus()
     num_cores = hardware.num_cores() if num_cores is None else num_cores
     if cluster.device is Device.cuda and is_known and num_gpus == 0:
-        raise ConfigError("cluster.device=cuda but torch sees no CUDA device; use cluster.device=cpu or cluster.address=auto")
+        why = f" ({hidden_gpus})" if hidden_gpus else ""
+        raise ConfigError(f"cluster.device=cuda but torch sees no CUDA device{why}; use cluster.device=cpu or cluster.address=auto")
+    if cluster.device is Device.auto and cluster.address is None and num_gpus == 0 and hidden_gpus:
+        remedy = "or set cluster.device=cpu or CUDA_VISIBLE_DEVICES="
+        raise ConfigError(f"cluster.device=auto would train on the CPU: {hidden_gpus}, {remedy}")
     on_gpu = cluster.device is Device.cuda or (cluster.device is Device.auto and num_gpus > 0)
     if on_gpu and is_known:
         _check_gpus(config, num_gpus)

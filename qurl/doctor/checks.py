@@ -13,7 +13,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from qurl.hardware import Hardware, detect
+from qurl.hardware import MIN_DRIVER, Hardware, detect
+from qurl.quantization import FORMATS
+from qurl.quantization.devices import lacks
 
 GIB = 1 << 30
 SUPPORTED_TORCH, SUPPORTED_VLLM = "2.13.0", "0.32.0"
@@ -120,11 +122,15 @@ def _plugin() -> Iterator[Finding]:
 
 def _precisions(machine: Hardware) -> Iterator[Finding]:
     """Which formats have instructions for them."""
+    if machine.hidden_gpus:
+        why, _, fix = machine.hidden_gpus.rpartition("; ")
+        yield Finding(Level.fail, "GPU", why, fix)
     if machine.gpus:
         for index, gpu in enumerate(machine.gpus):
             capability = ".".join(map(str, gpu.capability))
-            fp8 = "fp8 native" if gpu.capability >= (8, 9) else "no fp8"
-            text = f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB, capability {capability}: bf16 and int8 native, {fp8}"
+            names = ("int8", "fp8")
+            words = [f"no {name}" if lacks(FORMATS[name], gpu.capability) else f"{name} native" for name in names]
+            text = f"{gpu.name}, {gpu.memory_bytes / GIB:.0f} GiB, capability {capability}: bf16 native, {', '.join(words)}"
             yield Finding(Level.ok, f"GPU {index}", text)
         return
     yield Finding(Level.ok, "processor", f"{machine.cpu_name}, {machine.num_cores} cores, {machine.memory_bytes / GIB:.1f} GiB")
@@ -181,7 +187,9 @@ def _tools(machine: Hardware) -> Iterator[Finding]:
 
     if machine.gpus:
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        yield Finding(Level.ok, "CUDA", f"{torch.version.cuda}, NCCL {nccl}")
+        driver = MIN_DRIVER.get((torch.version.cuda or "").partition(".")[0])
+        needs = f", for driver {driver} or newer" if driver else ""
+        yield Finding(Level.ok, "CUDA", f"{torch.version.cuda}{needs}, NCCL {nccl}")
 
 
 def _version(package: str) -> str | None:

@@ -115,7 +115,9 @@ def saved_config(config: EvalConfig, checkpoint: str | None, prompts: Mapping[st
 
 
 def place_engines(config: EvalConfig, num_gpus: int, num_cores: int) -> tuple[str, int]:
-    """(device, OpenMP threads of an engine). Raises ConfigError where there are too few GPUs."""
+    """(device, OpenMP threads of an engine). Raises ConfigError where there are too few GPUs, or some that torch does not see."""
+    if not num_gpus and (hidden := hardware.hidden_gpus()):
+        raise ConfigError(f"the evaluation would run on the CPU: {hidden}, or set CUDA_VISIBLE_DEVICES= to mean it")
     needed = config.engines * config.tensor_parallel_size
     if num_gpus and needed > num_gpus:
         raise ConfigError(

@@ -24,9 +24,10 @@ from qurl.plan.memory import (
 )
 from qurl.plan.model_facts import ModelFacts, read_model_facts
 from qurl.plan.preflight import check_datasets, check_model, check_names, check_raised_precision
+from qurl.quantization import FORMATS
+from qurl.quantization.devices import lacks
 
 GIB = 1 << 30
-FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     is_known = machine is not None or config.cluster.address is None
     machine = machine or detect()
     num_gpus = len(machine.gpus) * machine.num_nodes
-    placement = place(config, num_gpus=num_gpus if is_known else None, num_cores=machine.num_cores)
+    placement = place(config, num_gpus if is_known else None, machine.num_cores, machine.hidden_gpus)
     check_devices(config, Device[placement.device])
     size = config.rollout.tensor_parallel_size
     if is_known and placement.device == "cuda" and size > len(machine.gpus):
@@ -204,11 +205,10 @@ def _warnings(
             )
         if is_fp8:
             found.append("FP8 is emulated on the CPU: the numbers are exact, the speed is not that of FP8")
-    elif is_fp8 and machine.gpus and min(gpu.capability for gpu in machine.gpus) < FP8_CAPABILITY:
-        raise ConfigError(
-            f"quantization={config.quantization.format} needs compute capability 8.9, {machine.gpus[0].name} has "
-            f"{'.'.join(map(str, machine.gpus[0].capability))}; use quantization=int8"
-        )
+    for gpu in machine.gpus if placement.device == "cuda" else ():
+        if lacking := lacks(FORMATS[config.quantization.format], gpu.capability):
+            has = ".".join(map(str, gpu.capability))
+            raise ConfigError(f"quantization={config.quantization.format} {lacking} ({gpu.name} has {has})")
     if holds_decoded(config):
         name = config.quantization.format
         found.append(f"{name} is emulated: the numbers are exact, the speed and the engine's memory are those of float32")

@@ -180,4 +180,11 @@ def scale_to(amax: Tensor, largest_code: float, floor: float = SMALLEST_SCALE) -
     """The scale that maps amax (float32) to the largest code, at least `floor`.
 
     Divides by a tensor: CUDA turns division by a number into multiplication by its reciprocal, which differs in the last bit."""
-    return (amax / amax.new_tensor(largest_code)).clamp(min=floor)
+    return (amax / number_like(largest_code, amax)).clamp(min=floor)
+
+
+def number_like(number: float, tensor: Tensor) -> Tensor:
+    """The number as a tensor of no dimension, with dtype and device of `tensor`.
+
+    It is filled on the device. new_tensor copies from the host and waits for the stream, which a captured CUDA graph must not."""
+    return torch.full((), number, dtype=tensor.dtype, device=tensor.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qurl.quantization.base import number_like
 from qurl.quantization.rounding import E4M3_LARGEST
 
 SMALLEST_E4M3 = 2.0**-9
@@ -16,11 +17,11 @@ LARGEST_GLOBAL_SCALE = 2.0**100
 
 def global_scale_of(amax: Tensor, largest_code: float) -> Tensor:
     """448 * largest_code / amax, float32; amax: of a whole weight or of each token."""
-    return (amax.new_tensor(largest_code * E4M3_LARGEST) / amax).clamp(max=LARGEST_GLOBAL_SCALE)
+    return (number_like(largest_code * E4M3_LARGEST, amax) / amax).clamp(max=LARGEST_GLOBAL_SCALE)
 
 
 def e4m3_scales(amax: Tensor, global_scale: Tensor, largest_code: float, smallest: float) -> Tensor:
     """float8_e4m3fn scales of groups, at least `smallest`; amax: of each group, [..., groups]. NaN where an argument is.
 
     Divides by a tensor, see qurl.quantization.base.scale_to."""
-    return (amax / amax.new_tensor(largest_code) * global_scale).clamp(min=smallest, max=E4M3_LARGEST).to(torch.float8_e4m3fn)
+    return (amax / number_like(largest_code, amax) * global_scale).clamp(min=smallest, max=E4M3_LARGEST).to(torch.float8_e4m3fn)

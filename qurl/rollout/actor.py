@@ -90,6 +90,8 @@ def engine_environment(threads: int, device: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
     }
+    if device == "cuda":
+        env["VLLM_USE_DEEP_GEMM"] = "0"  # it rounds the scales of fp8_block to powers of two; CUTLASS takes them as they were sent
     if device == "cpu":
         env |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return env

@@ -141,6 +141,8 @@ class AxBxPKernel(CodeKernel):
     def _apply_precision(self, layer: Any) -> None:
         """Everything that follows from codes and precision."""
         weight = keep(self.codes, weight_table(self.precision))
+        if weight is self.codes:
+            weight = weight.clone()  # a product may keep it and write later weights into it; the codes of the wire stay
         if self.precision.drops_low_product:
             weight = torch.cat([weight, lower_parts(weight, self.precision.digits)], dim=1)
         self.product.load(layer, {"weight": weight, "weight_scale": self.scale})

@@ -64,7 +64,17 @@ def _fp8_kernel(shape: LayerShape, activation_key: Any, weight_key: Any) -> Any:
             f"this GPU has no FP8 arithmetic: vLLM offers {type(kernel).__name__}, which leaves activations in full precision; "
             "use quantization.format=int8"
         )
+    if _requantizes(kernel):
+        raise ValueError(
+            f"vLLM's {type(kernel).__name__} rounds the scales of fp8_block to powers of two, so that the engine would not hold "
+            "the weights that were sent; start the process with VLLM_USE_DEEP_GEMM=0"
+        )
     return kernel
+
+
+def _requantizes(kernel: Any) -> bool:
+    """Whether a block kernel encodes weights anew as it loads them. DeepGEMM does for scales in E8M0, also as a fallback."""
+    return any(getattr(part, "use_deep_gemm_e8m0", False) for part in (kernel, getattr(kernel, "fallback", None)))
 
 
 class CudaChannelwise(CodeKernel):
@@ -109,15 +119,14 @@ class CudaCodes(CodeProduct):
 
 
 class CudaBlockwise(CodeKernel):
-    """FP8 in 128x128 blocks. Codes lie as [O, I]; scales are kept per row as well, for read_back, where the kernel re-lays them."""
+    """FP8 in 128x128 blocks. Codes lie as [O, I], scales as [blocks, blocks]."""
 
     def __init__(self, kernel: Any, shape: LayerShape) -> None:
         self.kernel = kernel
         self.shape = shape
 
     def load(self, layer: Any, rows: Mapping[str, Tensor]) -> None:
-        self.scale = rows["weight_scale"]
-        block_scale = torch.cat([part[::BLOCK] for part in self.scale.split(self.shape.partitions)])
+        block_scale = torch.cat([part[::BLOCK] for part in rows["weight_scale"].split(self.shape.partitions)])
         layer.register_parameter("weight", as_parameter(rows["weight"]))
         layer.register_parameter("weight_scale_inv", as_parameter(block_scale))
         self.kernel.process_weights_after_loading(layer)
@@ -126,4 +135,14 @@ class CudaBlockwise(CodeKernel):
         return self.kernel.apply_weights(layer, x, bias)
 
     def read_back(self, layer: Any) -> tuple[Tensor, Tensor]:
-        return layer.weight.data[: self.shape.rows, : self.shape.columns], self.scale
+        """Raises RuntimeError where the kernel has laid the scales out in another shape."""
+        held = layer.weight_scale_inv.data
+        counts = [-(-rows // BLOCK) for rows in self.shape.partitions]
+        if held.dtype != torch.float32 or held.shape != (sum(counts), -(-self.shape.columns // BLOCK)):
+            raise RuntimeError(
+                f"{type(self.kernel).__name__} keeps scales as {held.dtype} {list(held.shape)}, which cannot be read back; "
+                "start the process with VLLM_USE_DEEP_GEMM=0"
+            )
+        parts = zip(held.split(counts), self.shape.partitions, strict=True)
+        scale = torch.cat([part.repeat_interleave(BLOCK, dim=0)[:rows] for part, rows in parts])
+        return layer.weight.data[: self.shape.rows, : self.shape.columns], scale

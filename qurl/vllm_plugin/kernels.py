@@ -31,6 +31,7 @@ from torch.nn import Parameter, functional
 from qurl.quantization import FORMATS
 from qurl.quantization.axbxp import AxBxP
 from qurl.quantization.base import QuantizationFormat
+from qurl.quantization.devices import lacks
 from qurl.quantization.grouped import GroupedFormat
 from qurl.quantization.kernels.cpu.library import KernelsUnavailable
 from qurl.quantization.lobcq import LoBcq
@@ -102,6 +103,10 @@ def select_kernel(format: QuantizationFormat, layer: Any, shape: LayerShape) -> 
     """The kernel for a layer of this format. Raises ValueError where the device has none for it."""
     kernel: LinearKernel
     reason = ""
+    if shape.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(shape.device)
+        if lacking := lacks(format, capability):
+            raise ValueError(f"quantization={format.name} {lacking} (this GPU has {capability[0]}.{capability[1]})")
     if isinstance(format, LoBcq) and shape.device.type == "cuda":
         from qurl.vllm_plugin.lobcq_cuda import CudaLoBcq
 

@@ -316,6 +316,11 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["cluster.device=auto", "cluster.colocate=true"], LAPTOP, "cluster.colocate=true"),
         (["cluster=gpu", "learner.num_ranks=8"], with_gpus(8), "need 9 GPUs, 8 found"),
         (["cluster=gpu", "quantization=fp8"], with_gpus(2, capability=(8, 0)), "use quantization=int8"),
+        (["cluster=gpu", "quantization=int8"], with_gpus(2, capability=(12, 0)), "use quantization=fp8 (gpu has 12.0)"),
+        (
+            ["cluster.device=auto"], dataclasses.replace(LAPTOP, hidden_gpus="/dev/nvidia0 exists; update the driver"),
+            "cluster.device=auto would train on the CPU: /dev/nvidia0 exists",
+        ),
         ([], dataclasses.replace(LAPTOP, memory_bytes=GIB), "memory"),
         (["rollout.engine_args.kv_cache_memory_bytes=1000"], LAPTOP, "use at least 32768"),
     ],
