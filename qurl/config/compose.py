@@ -1,9 +1,9 @@
 """Hydra composition at the edge: overrides in, plain dataclasses out.
 
-Defaults live on the dataclasses; a YAML in configs/ holds differences. Everything below this module sees `TrainConfig`, never a
-`DictConfig`. Two liberties over plain Hydra: a key below a dictionary field needs no `+`, as in
-`rollout.engine_args.enforce_eager=true`, and `recipe=` takes the path of a YAML as well as a name, so the config.yaml of a run is a
-recipe too."""
+Defaults live on the dataclasses; a YAML in configs/ holds differences. Everything below this module sees
+`TrainConfig`, never a `DictConfig`. Three liberties over plain Hydra: a key below a dictionary field needs no `+`, as in
+`rollout.engine_args.enforce_eager=true`; `data.eval={}` empties such a field; and `recipe=` takes the path of a YAML as
+well as a name, so the config.yaml of a run is a recipe too."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from qurl.config.run import TrainConfig
 from qurl.errors import ConfigError
 
 YAML_SUFFIXES = (".yaml", ".yml")
+SECTIONS = frozenset({"data.eval"})  # dictionary fields whose entries are sections of the configuration, of which none can be null
+_MISSING = object()
 
 
 def assets_dir(name: str) -> Path:
@@ -47,7 +49,7 @@ def compose(overrides: Sequence[str]) -> TrainConfig:
         parsed = [_parse(line) for line in overrides]
         _check_keys(parsed)
         with initialize_config_dir(str(assets_dir("configs")), version_base="1.3"):
-            composed = hydra_compose("train", overrides=[_normalize(o) for o in parsed])
+            composed = hydra_compose("train", overrides=_normalized(parsed))
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from error
@@ -78,7 +80,7 @@ def _parse(line: str) -> Override:
     except HydraException as error:
         raise ConfigError(f"cannot read override {line!r}: write key=value; a value with = ~ or brackets in it needs quotes that "
                           "the shell leaves, as in \"key='value'\"") from error  # fmt: skip
-    if override.type is OverrideType.DEL:
+    if override.type is OverrideType.DEL and _dict_field(override.key_or_group) is None:
         raise ConfigError(f"{line}: keys cannot be deleted; set a value, or null where the key allows it")
     return override
 
@@ -105,6 +107,32 @@ def _check_option(group: str, name: str) -> None:
     if group == "recipe":
         options.append("the path of a YAML")
     raise ConfigError(f"{group}={name} is not an option; use one of {', '.join(options)}")
+
+
+def _normalized(parsed: list[Override]) -> list[str]:
+    """All overrides as Hydra wants them, in order. An entry of a dictionary field is removed by `~field.entry` or, where
+    entries are sections of their own, `field.entry=null`; all of them by `field={}` or `~field`. Hydra would merge {} into
+    what is there."""
+    groups = [_normalize(o) for o in parsed if _dict_field(o.key_or_group) is None]
+    entries: list[str] = []
+    for override in (o for o in parsed if _dict_field(o.key_or_group) is not None):
+        key = override.key_or_group
+        is_deleted = override.type is OverrideType.DEL
+        is_null = not is_deleted and override.value() is None and key.rpartition(".")[0] in SECTIONS
+        is_emptied = key == _dict_field(key) and (is_deleted or override.value() in ({}, None))
+        if not (is_deleted or is_null or is_emptied):
+            entries.append(_normalize(override))
+            continue
+        present = OmegaConf.select(hydra_compose("train", overrides=[*groups, *entries]), _dict_field(key) or "")
+        names = list(present) if is_emptied else [key.removeprefix(f"{_dict_field(key)}.")]
+        for name in names:
+            value = OmegaConf.select(present, name, default=_MISSING)
+            if value is _MISSING:
+                raise ConfigError(f"{override.input_line}: {_dict_field(key)} has {', '.join(present) or 'no entry'}")
+            if value is None:  # which Hydra takes for an entry that does not exist
+                entries.append(f"++{_dict_field(key)}.{name}=0")
+            entries.append(f"~{_dict_field(key)}.{name}")
+    return [*groups, *entries]
 
 
 def _normalize(override: Override) -> str:

@@ -171,3 +171,37 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", "/home/someone")
     model = compose(["model.path='~/model'", "model.tokenizer='~/tokenizer'"]).model
     assert (model.path, model.tokenizer) == ("/home/someone/model", "/home/someone/tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.eval={}"], []),
+        (["~data.eval"], []),
+        (["data.eval=null"], []),
+        (["~data.eval.held_out"], []),
+        (["data.eval.held_out=null"], []),
+        (["data.eval={}", "data.eval.mine.path=mine.jsonl"], ["mine"]),
+        (["data.eval.mine.path=mine.jsonl", "~data.eval.held_out"], ["mine"]),
+        (["data.eval.mine={path:mine.jsonl}", "data.eval.mine=null"], ["held_out"]),
+        (["data.eval={mine:{path:mine.jsonl}}"], ["held_out", "mine"]),
+    ],
+)
+def test_an_evaluation_set_of_a_recipe_can_be_taken_away(overrides, expected):
+    config = compose(["recipe=quickstart", *overrides])
+    assert sorted(config.data.eval) == expected
+    validate(config)
+
+
+def test_an_argument_of_vllm_can_be_taken_away_or_be_null():
+    lines = ["recipe=quickstart", "rollout.engine_args.max_num_seqs=3", "rollout.engine_args.block_size=null"]
+    assert {"max_num_seqs", "block_size"} <= compose(lines).rollout.engine_args.keys()
+    assert "max_num_seqs" not in compose([*lines, "~rollout.engine_args.max_num_seqs"]).rollout.engine_args
+    assert compose([*lines, "rollout.engine_args={}"]).rollout.engine_args == {}
+
+
+def test_what_is_not_there_cannot_be_taken_away():
+    with pytest.raises(ConfigError, match=r"~data\.eval\.heldout: data\.eval has held_out"):
+        compose(["recipe=quickstart", "~data.eval.heldout"])
+    with pytest.raises(ConfigError, match="~seed: keys cannot be deleted"):
+        compose(["recipe=quickstart", "~seed"])
