@@ -13,6 +13,9 @@ from qurl.errors import ConfigError
 if TYPE_CHECKING:
     from qurl.hardware import Hardware
 
+USABLE_PERCENT = 99
+"""Of a GPU's memory as it is sold: one of 80 GiB has 79.2."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Overrides, and the machine to plan for."""
@@ -54,6 +57,6 @@ def _described(this: Hardware, gpus: str, host_memory: int | None) -> Hardware:
     if match is None:
         raise ConfigError(f"--gpus {gpus} is not NxGIB or NODESxNxGIB; write for instance --gpus 8x80 or --gpus 4x8x80")
     nodes, count, gib = (int(part or 1) for part in match.groups())
-    gpu = Gpu(name=f"{gib} GiB GPU", memory_bytes=gib << 30, capability=(9, 0))
+    gpu = Gpu(name=f"{gib} GiB GPU", memory_bytes=(gib << 30) * USABLE_PERCENT // 100, capability=(9, 0))
     memory = UNLIMITED if host_memory is None else host_memory << 30
     return dataclasses.replace(this, gpus=(gpu,) * count, num_nodes=nodes, memory_bytes=memory)

@@ -88,7 +88,7 @@ def _placement_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, s
 def _memory_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     yield "learner rank", f"about {_size(plan.learner.on_device)}{_of(plan.learner_share)}"
     stages = [plan.engine, *(stage.engine for stage in plan.stages)]
-    cache = plan.engine.kv_pool if plan.engine_share is None else plan.engine_share - plan.engine.weights
+    cache = plan.engine.kv_pool if plan.engine_share is None else plan.engine_share - plan.engine.weights - plan.engine.workspace
     told = f"{_size(plan.engine.weights)} of weights"
     if cache is not None:
         held = " / ".join(str(cache // engine.kv_per_sequence) for engine in stages)
@@ -119,7 +119,11 @@ def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     if memory.kept_codes:
         yield "previous codes", f"{_size(memory.kept_codes)} (sync.track_changes)"
     yield "activations", f"{_size(memory.activations)} (estimate)"
+    if memory.mask:
+        yield "attention mask", f"{_size(memory.mask)} (dense, of a packed row)"
     yield "logits", f"{_size(memory.logits)} (a chunk)"
+    if memory.runtime:
+        yield "CUDA, NCCL", f"{_size(memory.runtime)} (contexts of this GPU's processes, buffers)"
     yield "total", f"{_size(memory.while_training)} on the device"
     if memory.while_starting > memory.while_training:
         yield "while it starts", f"{_size(memory.while_starting)} on the device, before the model is sharded"
@@ -133,6 +137,8 @@ def _learner_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 def _engine_rows(memory: EngineMemory) -> Iterator[tuple[str, str]]:
     yield "weights", _size(memory.weights)
+    if memory.workspace:
+        yield "a step", f"{_size(memory.workspace)} (activations, logits, CUDA graphs; an estimate)"
     yield "cache", f"{_size(memory.kv_per_sequence)} per full-length sequence, {_size(memory.kv_all)} for {memory.num_sequences}"
     if memory.kv_pool is not None:
         yield "cache reserved", _size(memory.kv_pool)

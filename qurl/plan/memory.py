@@ -1,8 +1,8 @@
 """Memory of a learner rank and of an engine, in bytes.
 
 Weights, optimizer state and key-value cache are exact up to padding. Activations are an estimate that counts what backward keeps
-of a decoder layer with gated feed-forward and fused attention; allocator fragmentation comes on top, and so do the CUDA context
-and what vLLM computes with beside weights and cache."""
+of a decoder layer with gated feed-forward and dense attention masks, and what the backward of one layer makes beside it. On GPUs CUDA
+contexts, NCCL and what vLLM computes with are counted by their usual sizes. Allocator fragmentation comes on top."""
 
 from __future__ import annotations
 
@@ -26,7 +26,15 @@ from qurl.sync.code_changes import interval_on
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of zero_optimization.stage3_max_live_parameters."""
-DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.92
+"""vLLM's."""
+CUDA_CONTEXT_BYTES = 512 << 20
+"""What a process takes of a GPU before it holds a tensor: context, code of the kernels, cuBLAS."""
+NCCL_BYTES = 1 << 30
+"""Buffers of the communicators of a rank, or of a part of an engine that is divided over GPUs; 1 to 2 GiB on eight GPUs."""
+CUDA_GRAPH_BYTES = 1 << 30
+"""An engine's captured graphs."""
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 8192
 PROCESS_BYTES = 800 << 20
 """Python, torch and vLLM or DeepSpeed in one process, measured."""
 
@@ -43,7 +51,9 @@ class LearnerMemory:
     reference: int  # the frozen policy of a KL term
     critic: int  # its weights, gradients, optimizer and reduce bucket
     activations: int
+    mask: int  # of attention among packed rows, and the bias that it becomes
     logits: int
+    runtime: int  # CUDA contexts of the GPU's processes and NCCL; 0 on the CPU
     offloaded: int  # optimizer state, gradients and weights that DeepSpeed keeps on the host
     kept_codes: int  # that the next update is compared with; on the device
     previous_codes: int  # all wire tensors, for sync.delta
@@ -54,12 +64,12 @@ class LearnerMemory:
     @property
     def while_training(self) -> int:
         """On the device."""
-        return self.state + self.gathered + self.reference + self.critic + self.kept_codes + self.activations + self.logits
+        return self.state + self.gathered + self.reference + self.critic + self.kept_codes + self.activations + self.mask + self.logits + self.runtime
 
     @property
     def while_starting(self) -> int:
         """On the device."""
-        return self.whole_model + (self.state if self.reference or self.critic else 0)
+        return self.whole_model + self.runtime + (self.state if self.reference or self.critic else 0)
 
     @property
     def on_device(self) -> int:
@@ -82,6 +92,7 @@ class LearnerMemory:
             self,
             critic=critic.state,
             activations=max(self.activations, critic.activations),
+            mask=max(self.mask, critic.mask),
             gathered=max(self.gathered, critic.gathered),
             offloaded=self.offloaded + critic.offloaded,
             whole_model=max(self.whole_model, critic.whole_model),
@@ -94,6 +105,7 @@ class EngineMemory:
     """Of one GPU of an engine, or of the engine on a CPU."""
 
     weights: int
+    workspace: int  # activations of a step, logits, CUDA graphs, NCCL; 0 on the CPU
     kv_per_sequence: int  # prompt and response at full length
     num_sequences: int  # computed at the same time
     kv_pool: int | None  # what vLLM reserves on a CPU; None on a GPU, where it takes what is left
@@ -179,8 +191,10 @@ def learner_memory(
         communication=int(zero["reduce_bucket_size"]) * compute if stage >= 1 else 0,
         reference=size * compute // (ranks if stage == 3 else 1) if config.algorithm.kl.coefficient > 0 else 0,
         critic=0,
-        activations=tokens * _activations_per_token(model, learner.activation_checkpointing) * compute,
+        activations=tokens * _activation_bytes_per_token(model, learner.activation_checkpointing, compute),
+        mask=_mask_bytes(config, compute),
         logits=(5 if config.algorithm.entropy_coefficient else 3) * min(tokens * model.vocab_size * 4, LOGIT_BYTES),
+        runtime=_runtime_bytes(config) if device == "cuda" else 0,
         offloaded=offloaded,
         kept_codes=_kept_codes(config, model, targets, device),
         previous_codes=update_bytes // ranks if config.sync.delta else 0,
@@ -200,12 +214,43 @@ def _kept_codes(config: TrainConfig, model: ModelFacts, targets: frozenset[str],
     return math.ceil(total / config.learner.num_ranks / interval_on(device, config.sync.track_changes_interval))
 
 
-def _activations_per_token(model: ModelFacts, checkpointing: bool) -> int:
-    """Values kept for backward: two norms with input and output, q, k, v and their rotated copies, the attention's output and
-    four tensors of the feed-forward part; with checkpointing one input per layer, and one layer in full."""
+def _activation_bytes_per_token(model: ModelFacts, checkpointing: bool, compute: int) -> int:
+    """Bytes kept for backward: two norms with input and output, q, k, v and their rotated copies, the attention's output and four
+    tensors of the feed-forward part; with checkpointing one input per layer, and one layer in full. Norms compute in float32, of
+    which three more tensors a layer are left where that is not the dtype. Backward of a layer adds three tensors of the
+    feed-forward part, and keys and values repeated for all heads."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     layer = 5 * model.hidden_size + 2 * heads + model.num_heads * model.head_dim + 4 * model.intermediate_size
-    return model.num_layers * model.hidden_size + layer if checkpointing else model.num_layers * layer
+    layer_bytes = layer * compute + (3 * model.hidden_size * 4 if compute < 4 else 0)
+    backward = 3 * model.intermediate_size + 2 * (model.num_heads - model.num_kv_heads) * model.head_dim
+    kept = model.num_layers * model.hidden_size * compute + layer_bytes if checkpointing else model.num_layers * layer_bytes
+    return kept + backward * compute
+
+
+def _mask_bytes(config: TrainConfig, compute: int) -> int:
+    """Packed rows, as long as the longest sample, need a mask [rows, length, length] of bytes, which attention turns into numbers;
+    varlen kernels ("flash") need none."""
+    tokens = config.learner.max_tokens_per_micro_batch
+    needs_none = "flash" in config.model.attn_implementation
+    return 0 if needs_none else tokens * min(tokens, config.longest_tokens) * (1 + compute)
+
+
+def _runtime_bytes(config: TrainConfig) -> int:
+    """Of one learner rank's GPU, beside tensors; the engine that shares it has a context too, outside of its own share."""
+    contexts = 2 if config.cluster.colocate else 1
+    is_linked = config.learner.num_ranks > 1 or not config.cluster.colocate
+    return contexts * CUDA_CONTEXT_BYTES + (NCCL_BYTES if is_linked else 0)
+
+
+def _workspace_bytes(config: TrainConfig, model: ModelFacts, num_sequences: int) -> int:
+    """What an engine's GPU holds beside weights and cache in a step: the widest tensors of a layer, float32 logits with their
+    log-probabilities and the sampler's copy, captured graphs."""
+    rollout = config.rollout
+    arguments, size = rollout.engine_args, rollout.tensor_parallel_size
+    tokens = int(arguments.get("max_num_batched_tokens", DEFAULT_MAX_NUM_BATCHED_TOKENS))
+    layer = 2 * model.intermediate_size // size + 6 * model.hidden_size
+    graphs = 0 if arguments.get("enforce_eager") else CUDA_GRAPH_BYTES
+    return tokens * layer * 2 + 12 * num_sequences * model.vocab_size + graphs + (NCCL_BYTES if size > 1 else 0)
 
 
 def engine_memory(
@@ -216,9 +261,11 @@ def engine_memory(
     size = rollout.tensor_parallel_size
     values = 1 if "fp8" in str(arguments.get("kv_cache_dtype", "")) else DTYPE_BYTES[rollout.dtype]
     pool = arguments.get("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES if device == "cpu" else None)
+    num_sequences = min(samples, int(arguments.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS)))
     return EngineMemory(
         weights=weight_bytes // size,
+        workspace=_workspace_bytes(config, model, num_sequences) if device == "cuda" else 0,
         kv_per_sequence=longest * model.kv_bytes_per_token(values) // min(size, model.num_kv_heads),
-        num_sequences=min(samples, int(arguments.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS))),
+        num_sequences=num_sequences,
         kv_pool=None if pool is None else int(pool),
     )

@@ -160,10 +160,10 @@ def _refuse_memory(plan: RunPlan) -> None:
 
 def _refuse_gpu_memory(plan: RunPlan, learner_share: int, engine_share: int) -> None:
     one_sequence = max(engine.kv_per_sequence for engine in (plan.engine, *(stage.engine for stage in plan.stages)))
-    engine_needs = plan.engine.weights + one_sequence
+    engine_needs = plan.engine.weights + plan.engine.workspace + one_sequence
     if engine_needs > engine_share:
         raise ConfigError(
-            f"an engine needs at least {_gib(engine_needs)} for weights and one sequence, its GPU gives {_gib(engine_share)}; "
+            f"an engine needs at least {_gib(engine_needs)} for weights, a step and one sequence, its GPU gives {_gib(engine_share)}; "
             "raise rollout.tensor_parallel_size or rollout.engine_args.gpu_memory_utilization, or lower "
             "rollout.max_response_tokens"
         )

@@ -1,5 +1,6 @@
 """The paper recipes on their full topologies: `qurl plan` accepts them and prints the memory that their READMEs show."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from qurl.cli.main import main
 from qurl.config.compose import assets_dir, compose
+from qurl.hardware import UNLIMITED, Gpu, detect
+from qurl.plan import make_plan
 
 QWEN2_SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary, positions; as published in config.json
     "Qwen/Qwen2.5-Math-7B": (3584, 28, 28, 4, 18944, 152064, 4096),
@@ -47,6 +50,27 @@ def test_each_paper_recipe_shows_a_plan_for_one_node_and_for_four() -> None:
         gpus = {shlex.split(command)[-1] for command in commands if f"recipe={recipe} " in command}
         assert {"8x80", "4x8x80"} <= gpus
         assert recipe == "dapo_32b" or "1x80" in gpus
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(("recipe", "learner", "sequences"), [
+    (["recipe=deepscaler", "topology=gpu8"], (16 + 2, 17 + 3), (45, 47)),
+    (["recipe=dapo_32b", "topology=gpu32_apart"], (66, 69), (18, 19)),
+])  # fmt: skip
+def test_memory_agrees_with_an_estimate_that_was_made_without_this_code(recipe, learner, sequences, model_folders) -> None:
+    """A reviewer counted tensors of forward and backward by hand, GiB. 1.5B, 25,600 tokens, 8 ranks: 16 to 17, and 2 to 3 for
+    CUDA contexts and NCCL. 32B, 22,528 tokens, 16 ranks, NCCL included: 66 to 69. And full samples in an engine's cache, 46 and 19.
+    The hand's terms are rounded to tenths, hence 3 %."""
+    config = compose(recipe)
+    config.model.path = str(model_folders[config.model.path])
+    gpu = Gpu(name="80 GiB", memory_bytes=int(79.2 * GIB), capability=(9, 0))
+    machine = dataclasses.replace(detect(), gpus=(gpu,) * 8, num_nodes=4, memory_bytes=UNLIMITED, hidden_gpus="")
+    plan = make_plan(config, machine)
+    assert 0.97 * learner[0] <= plan.learner.on_device / GIB <= 1.03 * learner[1]
+    longest = plan.stages[-1].engine if plan.stages else plan.engine
+    assert sequences[0] <= (plan.engine_share - longest.weights - longest.workspace) // longest.kv_per_sequence <= sequences[1]
 
 
 @pytest.mark.parametrize(("command", "lines"), shown_plans(), ids=[command for command, _ in shown_plans()])

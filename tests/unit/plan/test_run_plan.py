@@ -394,5 +394,8 @@ def test_a_critic_takes_the_memory_of_a_second_learner_that_runs_after_the_first
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     ).save_pretrained(tmp_path)  # fmt: skip
     deeper = plan([*bfloat16, "algorithm=ppo", f"critic.path={tmp_path}"]).learner
-    assert deeper.activations == 2 * alone.activations and deeper.critic > same.critic
-    assert deeper.on_device == alone.on_device + alone.activations + deeper.critic
+    tokens = compose(bfloat16).learner.max_tokens_per_micro_batch
+    backward = 2 * tokens * (3 * 128 + 2 * (4 - 2) * 16)  # of one layer, at a time: feed-forward, repeated keys and values
+    added = alone.activations - backward  # by two more layers
+    assert deeper.activations == alone.activations + added and deeper.critic > same.critic
+    assert deeper.on_device == alone.on_device + added + deeper.critic
