@@ -1,8 +1,8 @@
 """Memory of a learner rank and of an engine, in bytes.
 
 Weights, optimizer state and key-value cache are exact up to padding. Activations are an estimate that counts what backward keeps
-of a decoder layer with gated feed-forward and dense attention masks, and what the backward of one layer makes beside it. On GPUs CUDA
-contexts, NCCL and what vLLM computes with are counted by their usual sizes. Allocator fragmentation comes on top."""
+of a decoder layer with gated feed-forward and dense attention masks, and what the backward of one layer makes beside it. On GPUs
+CUDA contexts, NCCL and what vLLM computes with are counted by their usual sizes. Allocator fragmentation comes on top."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class LearnerMemory:
     @property
     def while_training(self) -> int:
         """On the device."""
-        return self.state + self.gathered + self.reference + self.critic + self.kept_codes + self.activations + self.mask + self.logits + self.runtime
+        states = self.state + self.gathered + self.reference + self.critic + self.kept_codes
+        return states + self.activations + self.mask + self.logits + self.runtime
 
     @property
     def while_starting(self) -> int:

@@ -163,8 +163,8 @@ def _refuse_gpu_memory(plan: RunPlan, learner_share: int, engine_share: int) -> 
     engine_needs = plan.engine.weights + plan.engine.workspace + one_sequence
     if engine_needs > engine_share:
         raise ConfigError(
-            f"an engine needs at least {_gib(engine_needs)} for weights, a step and one sequence, its GPU gives {_gib(engine_share)}; "
-            "raise rollout.tensor_parallel_size or rollout.engine_args.gpu_memory_utilization, or lower "
+            f"an engine needs at least {_gib(engine_needs)} for weights, a step and one sequence, its GPU gives "
+            f"{_gib(engine_share)}; raise rollout.tensor_parallel_size or rollout.engine_args.gpu_memory_utilization, or lower "
             "rollout.max_response_tokens"
         )
     if plan.learner.on_device > learner_share:
