@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # records must import where torch is absent
+    import numpy as np
     from torch import Tensor
 
 
@@ -29,6 +30,26 @@ class Prompt:
     truth: Any = None  # the ground truth as stored where it is an object, of which ground_truth is the JSON text; else None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class KeptTokens:
+    """The tokens that top-p and top-k left to draw from, one set for each of N sampled tokens.
+
+    A set takes 4 bytes an entry, at most one bit for each entry of the vocabulary. qurl.kept_tokens packs and unpacks."""
+
+    sizes: np.ndarray  # [N] int32, >= 1
+    data: np.ndarray  # uint8, set after set: ascending ids as int32, or a bit per token of the vocabulary where that is shorter
+    vocab_size: int
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KeptTokens):
+            return NotImplemented
+        return all(
+            getattr(self, name).tobytes() == getattr(other, name).tobytes() for name in ("sizes", "data")
+        ) and self.vocab_size == other.vocab_size
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One sampled response."""
@@ -41,6 +62,7 @@ class Rollout:
     text: str  # detokenized response without special tokens
     engine_id: str
     seed: int
+    kept_tokens: KeptTokens | None = None  # of the R tokens, where rollout.top_p or top_k cut the distribution
 
     @property
     def weight_version(self) -> int:
@@ -90,6 +112,7 @@ class TrainingSample:
     advantages: list[float]  # 0.0 where loss_mask is False; a learner with a critic computes its own
     reward: float
     weight_version: int  # oldest weights that produced any trained token
+    kept_tokens: KeptTokens | None = None  # of the trained tokens, in order; None: drawn from the whole vocabulary
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,6 +127,7 @@ class MicroBatch:
     rollout_logprobs: Tensor  # [B, L] float32
     advantages: Tensor  # [B, L] float32
     sample_indices: list[int]  # segment id -> index into the list of samples this batch was packed from
+    kept_tokens: KeptTokens | None = None  # of the trained tokens, row by row; stays on the host
     old_logprobs: Tensor | None = None  # [B, L] float32, filled by the learner before the update
     ref_logprobs: Tensor | None = None  # [B, L] float32, filled by the learner when a KL term needs it
     old_values: Tensor | None = None  # [B, L] float32, the critic's before the update, of what precedes the token at t

@@ -13,8 +13,8 @@ class RolloutConfig:
     num_prompts_per_step: int = 32
     num_samples_per_prompt: int = 8  # G
     temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1  # -1: all
+    top_p: float = 1.0  # draws from the fewest tokens that have this much probability; they travel with each token, see cuts
+    top_k: int = -1  # draws from so many tokens; -1: all
     max_response_tokens: int = 1024
     stop_token_ids: list[int] = field(default_factory=list)  # besides the tokenizer's end of sequence
     max_staleness: int = 0  # weight versions a sample may lag behind; 0: synchronous
@@ -23,6 +23,12 @@ class RolloutConfig:
     engine_args: dict[str, Any] = field(default_factory=dict)  # handed to vLLM under vLLM's names
     engine_timeout_s: float = 300.0  # an engine that returns no token for so long is replaced
     max_engine_restarts: int = 10  # over the run; then it stops
+
+    @property
+    def cuts(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary. The tokens that were left then travel with each sampled one, and the
+        learner renormalizes over the same ones: all logprobs, entropy and KL are those of the cut distribution."""
+        return self.top_p < 1 or self.top_k > 0
 
     @property
     def dtype(self) -> str:

@@ -44,6 +44,15 @@ TRANSPORTS = {  # qurl.sync.TRANSPORTS by the device that they run on; sync itse
 COUNTED_ARGS = {"max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"}
 """Engine arguments that planning computes with, or that fail deep in vLLM where they are no positive whole number."""
 
+UNKNOWN_TO_THE_LEARNER = {
+    "logits_processors": "the learner cannot follow it; only rollout.temperature, top_p and top_k are followed",
+    "override_generation_config": "sampling is what rollout.temperature, top_p, top_k and stop_token_ids say",
+    "watermark": "a watermark changes what is sampled and the learner cannot follow it",
+    "watermark_config": "a watermark changes what is sampled and the learner cannot follow it",
+    "diffusion_config": "the learner scores tokens from left to right",
+}
+"""Engine arguments that change the distribution that is sampled from, or seem to; why training refuses each."""
+
 RELATIVE_TO_THE_GROUP = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
 """Advantages that compare a rollout with the others of its prompt."""
 
@@ -200,6 +209,9 @@ def _rollout(config: RolloutConfig) -> None:
     _require(config.top_k == -1 or config.top_k >= 1, "rollout.top_k", config.top_k, "-1 (all tokens) or a number >= 1")
     dtypes = ("bfloat16", "float16", "float32")
     _require(config.dtype in dtypes, "rollout.engine_args.dtype", config.dtype, f"one of {', '.join(dtypes)}")
+    for name, reason in UNKNOWN_TO_THE_LEARNER.items():
+        if config.engine_args.get(name):
+            raise ConfigError(f"rollout.engine_args.{name} cannot be trained with: {reason}; remove it")
     for name in COUNTED_ARGS & config.engine_args.keys():
         value = config.engine_args[name]
         is_count = _is_number(value) and value >= 1 and value == int(value)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qurl.algorithms import sequence_sums
+from qurl.kept_tokens import join_sets
 from qurl.types import MicroBatch, TrainingSample
 
 
@@ -22,9 +23,11 @@ def pack(samples: Sequence[TrainingSample], max_tokens: int) -> list[MicroBatch]
     A sample longer than max_tokens gets a micro-batch of its own, since the response is already paid for; `qurl plan` refuses
     configurations where that can happen. The result depends only on the lengths and their order.
     Raises ValueError for a sample whose lists differ in length, that is empty, or that trains its first token (nothing
-    precedes it, so it has no logprob)."""
+    precedes it, so it has no logprob), and where some samples have kept tokens and others none."""
     for sample in samples:
         _check(sample)
+    if len({sample.kept_tokens is None for sample in samples}) > 1:
+        raise ValueError("some samples come with the tokens that top-p or top-k kept and others do not; all or none must")
     waiting = sorted(range(len(samples)), key=lambda i: -len(samples[i].token_ids))
     batches = []
     while waiting:
@@ -68,6 +71,9 @@ def _check(sample: TrainingSample) -> None:
         )
     if sample.loss_mask[0]:
         raise ValueError(f"sample {sample.sample_id!r}: loss_mask[0] is True, but nothing precedes the first token")
+    num_trained, kept = sum(sample.loss_mask), sample.kept_tokens
+    if kept is not None and len(kept.sizes) != num_trained:
+        raise ValueError(f"sample {sample.sample_id!r}: {len(kept.sizes)} sets of kept tokens for {num_trained} trained tokens")
 
 
 def _first_fit(
@@ -103,6 +109,8 @@ def _to_micro_batch(rows: list[list[int]], samples: Sequence[TrainingSample], le
         advantages=torch.zeros(shape, dtype=torch.float32),
         sample_indices=[index for row in rows for index in row],
     )
+    kept = [sets for index in batch.sample_indices if (sets := samples[index].kept_tokens) is not None]
+    batch.kept_tokens = join_sets(kept) if kept else None  # rows, and samples within them, are in the order of loss_mask.nonzero()
     segment = 0
     for row, indices in enumerate(rows):
         start = 0

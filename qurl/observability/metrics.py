@@ -115,6 +115,7 @@ METRICS: dict[str, str] = {
     "rollout/response_length_mean": "tokens per response",
     "rollout/response_length_max": "tokens of the longest response",
     "rollout/truncated_fraction": "responses cut at max_response_tokens",
+    "rollout/kept_tokens_mean": "tokens that rollout.top_p and top_k left to draw from, per sampled token; only where they cut",
     "rollout/repetition_fraction": "responses that end in a loop: 64 tokens with a period of at most 16",
     "rollout/filtered_fraction": "truncated responses left out of the loss; only with algorithm.overlong.filter",
     "rollout/fallback": "1 while the pool samples as guard.action says; only with full_precision and raise_precision",

@@ -9,6 +9,7 @@ from qurl.config.run import Device, TrainConfig
 from qurl.config.validate import check_devices
 from qurl.errors import ConfigError
 from qurl.hardware import Hardware, detect
+from qurl.kept_tokens import max_bytes_per_token
 from qurl.plan.batch import BatchPlan, plan_batch
 from qurl.plan.critic import read_critic_facts
 from qurl.plan.memory import (
@@ -107,7 +108,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
         is_known=is_known,
         learner_share=learner_share,
         engine_share=engine_share,
-        warnings=tuple(_warnings(config, engines, placement, machine, is_known)),
+        warnings=tuple(_warnings(config, engines, model.vocab_size, placement, machine, is_known)),
     )
     if is_known:
         _refuse_memory(plan)
@@ -179,7 +180,12 @@ def _refuse_gpu_memory(plan: RunPlan, learner_share: int, engine_share: int) -> 
 
 
 def _warnings(
-    config: TrainConfig, memory: list[EngineMemory], placement: Placement, machine: Hardware, is_known: bool
+    config: TrainConfig,
+    memory: list[EngineMemory],
+    vocab_size: int,
+    placement: Placement,
+    machine: Hardware,
+    is_known: bool,
 ) -> list[str]:
     """memory: of an engine, stage by stage."""
     found = []
@@ -190,10 +196,12 @@ def _warnings(
     engine = max(memory, key=lambda needs: needs.kv_all)
     engines, ranks = config.rollout.num_engines, config.learner.num_ranks
     is_fp8 = config.quantization.format.startswith("fp8")
-    if config.rollout.top_p < 1 or config.rollout.top_k > 0:
+    if config.rollout.cuts:
+        rollout, most = config.rollout, max_bytes_per_token(config.rollout.top_k, vocab_size)
+        tokens = rollout.num_prompts_per_step * rollout.num_samples_per_prompt * rollout.max_response_tokens
         found.append(
-            f"rollout.top_p={config.rollout.top_p:g} and rollout.top_k={config.rollout.top_k} cut the distribution that is sampled "
-            "from; the learner's is whole, so mismatch/* and the correction contain the cut (ratios below 1) besides quantization"
+            f"each token travels with those that rollout.top_p={rollout.top_p:g} and top_k={rollout.top_k} left to draw from: 4 "
+            f"bytes for each, at most {most:,} bytes, so at most {_gib(tokens * most)} an iteration; top_k bounds it"
         )
     if placement.device == "cpu":
         threads = {"engines": engines * placement.engine_threads, "learner": ranks * placement.learner_threads}

@@ -24,6 +24,7 @@ from typing import Any
 from qurl.actors import portable
 from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
 from qurl.errors import one_line
+from qurl.kept_tokens import pack_sets
 from qurl.rollout.request import GenerationRequest
 from qurl.types import Rollout, TensorRecord
 
@@ -263,6 +264,11 @@ class RolloutEngine:
         versions = [int(span.version) for span in completion.weight_versions or () for _ in range(span.start, span.end)]
         logprobs = list(completion.logprobs.logprobs)
         assert len(versions) == len(token_ids) == len(logprobs), "vLLM labels and scores every token"
+        kept, vocab_size = None, self._engine.model_config.get_vocab_size()
+        if pending.request.sampling.returns_kept_tokens_of(vocab_size):
+            sets = [] if completion.sampling_mask is None else completion.sampling_mask.token_ids
+            assert len(sets) == len(token_ids), "the sampler says of every token what was left to draw from"
+            kept = pack_sets(token_ids, sets, vocab_size)
         pending.rollouts[index] = Rollout(
             sample_index=index,
             token_ids=token_ids,
@@ -272,6 +278,7 @@ class RolloutEngine:
             text="",
             engine_id=self.engine_id,
             seed=pending.request.seeds[index],
+            kept_tokens=kept,
         )
         pending.missing -= 1
         if pending.missing == 0:

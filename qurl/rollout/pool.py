@@ -350,4 +350,5 @@ def training_sampling(config: RolloutConfig, stop_token_ids: list[int]) -> Sampl
         top_k=config.top_k,
         max_tokens=config.max_response_tokens,
         stop_token_ids=tuple(sorted({*stop_token_ids, *config.stop_token_ids})),
+        returns_kept_tokens=config.cuts,
     )

@@ -15,6 +15,11 @@ class Sampling:
     top_k: int
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    returns_kept_tokens: bool = False  # what top_p and top_k left, for training; its engine must be built with rollout.cuts
+
+    def returns_kept_tokens_of(self, vocab_size: int) -> bool:
+        """Whether something is cut from a vocabulary of this size, and asked for."""
+        return self.returns_kept_tokens and (self.top_p < 1 or 0 < self.top_k < vocab_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from qurl.rollout.request import Sampling
 
 CONTROLLED_ARGS = frozenset({
     "model", "revision", "tokenizer", "quantization", "hf_overrides", "load_format", "logprobs_mode", "generation_config",
-    "tensor_parallel_size", "skip_tokenizer_init", "weight_transfer_config", "seed",
+    "tensor_parallel_size", "skip_tokenizer_init", "weight_transfer_config", "seed", "return_sampling_mask",
 })  # fmt: skip
 """Engine arguments that qurl sets itself; `rollout.engine_args` must not name them."""
 
@@ -50,6 +50,7 @@ def build_engine(
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    from qurl.vllm_plugin import compat
     from qurl.vllm_plugin import engine_args as plugin_engine_args
 
     taken = CONTROLLED_ARGS & set(rollout.engine_args)
@@ -65,6 +66,17 @@ def build_engine(
     )
     if model.max_position_embeddings is not None:
         controlled["hf_overrides"]["max_position_embeddings"] = model.max_position_embeddings
+    masks_by_vllm = rollout.cuts and torch.cuda.is_available()  # elsewhere by our own sampler
+    if rollout.cuts:
+        _check_kept_tokens(rollout, compat.reports_kept_tokens(), masks_by_vllm)
+        compat.keep_sampling_masks_as_arrays()
+    if masks_by_vllm:
+        controlled["return_sampling_mask"] = True
+    if not load_weights and (plugins := compat.logits_processor_plugins()):
+        raise ValueError(
+            f"vLLM loads the logits processor {plugins[0]} of an installed package into every engine, and the learner cannot "
+            "follow it; uninstall that package"
+        )
     args = EngineArgs(
         model=model.path,
         revision=model.revision,
@@ -79,11 +91,19 @@ def build_engine(
         **(defaults | rollout.engine_args),
     )
 
+    engine = LLMEngine.from_engine_args(args)
+    if rollout.cuts and not masks_by_vllm:
+        compat.report_kept_tokens(engine)
+    vocab_size = engine.model_config.get_vocab_size()
+
     def sampling_params(sampling: Sampling, sample_seed: int) -> Any:
+        temperature, top_k = sampling.temperature, sampling.top_k
+        if masks_by_vllm:  # such an engine refuses greedy requests, of an evaluation, and those without top_k
+            temperature, top_k = (1.0, 1) if temperature == 0 else (temperature, top_k if top_k > 0 else vocab_size)
         return SamplingParams(
-            temperature=sampling.temperature,
+            temperature=temperature,
             top_p=sampling.top_p,
-            top_k=sampling.top_k,
+            top_k=top_k,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             seed=sample_seed,
@@ -93,4 +113,19 @@ def build_engine(
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    return LLMEngine.from_engine_args(args), sampling_params
+    return engine, sampling_params
+
+
+def _check_kept_tokens(rollout: RolloutConfig, is_supported: bool, masks_by_vllm: bool) -> None:
+    """Raises ValueError where the engine cannot say which tokens top-p and top-k left."""
+    key = f"rollout.top_p={rollout.top_p:g}" if rollout.top_p < 1 else f"rollout.top_k={rollout.top_k}"
+    if not is_supported:
+        raise ValueError(
+            f"{key}: this version of vLLM does not say which tokens were left to draw from, which the learner must know; "
+            "install vLLM 0.32, or sample with rollout.top_p=1 rollout.top_k=-1"
+        )
+    if rollout.engine_args.get("speculative_config") and not masks_by_vllm:
+        raise ValueError(
+            f"{key} with rollout.engine_args.speculative_config: on a CPU the tokens that were left to draw from are not known for "
+            "drafted tokens; use rollout.top_p=1 rollout.top_k=-1, or no speculative_config"
+        )

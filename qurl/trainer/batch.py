@@ -89,6 +89,7 @@ def _sample(group: RolloutGroup, rollout: Rollout, reward: float, advantage: flo
         advantages=[0.0] * before + [advantage] * response,
         reward=reward,
         weight_version=rollout.weight_version,
+        kept_tokens=rollout.kept_tokens,
     )
 
 
@@ -110,6 +111,10 @@ def rollout_metrics(groups: Sequence[ScoredGroup], version: int) -> dict[str, Me
         "rollout/staleness_max": Max(max((version - r.weight_version for r in rollouts if r.token_ids), default=0)),
         "sync/weight_version": Last(version),
     }
+    kept = [rollout.kept_tokens for rollout in rollouts if rollout.kept_tokens is not None]
+    if num_kept := sum(len(sets.sizes) for sets in kept):
+        mean = sum(int(sets.sizes.sum()) for sets in kept) / num_kept
+        metrics["rollout/kept_tokens_mean"] = Mean(mean, weight=num_kept)
     if flat:
         metrics |= {
             "reward/mean": Mean(statistics.fmean(flat), weight=len(flat)),

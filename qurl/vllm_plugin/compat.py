@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from vllm import EngineArgs
 from vllm import _custom_ops as ops
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.linear import QKVParallelLinear
-from vllm.v1.sample.logits_processor import LogitBiasLogitsProcessor, MinPLogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.outputs import SamplingMaskLists
+from vllm.v1.sample.logits_processor import (
+    LOGITSPROCS_GROUP,
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 
 
@@ -157,13 +165,17 @@ def has_norm() -> bool:
     return "RMSNorm" in op_registry_oot
 
 
-def is_plain_sampling(metadata: SamplingMetadata) -> bool:
-    """Whether every request of the batch samples from softmax(logits / temperature) and wants its own log-probability at most."""
+def is_temperature_sampling(metadata: SamplingMetadata) -> bool:
+    """Whether every request of the batch samples from softmax(logits / temperature), at most cut by top-k and top-p, and wants its
+    own log-probability at most."""
     changes = (
-        metadata.top_k is not None, metadata.top_p is not None, not metadata.no_penalties, metadata.bad_words_token_ids,
-        metadata.allowed_token_ids_mask is not None, metadata.logprob_token_ids, metadata.max_num_logprobs,
+        not metadata.no_penalties,
+        metadata.bad_words_token_ids,
+        metadata.allowed_token_ids_mask is not None,
+        metadata.logprob_token_ids,
+        metadata.max_num_logprobs,
         metadata.thinking_budget_state_holder is not None,
-    )  # fmt: skip
+    )
     return metadata.all_random and not any(changes) and all(map(_is_idle, metadata.logitsprocs.all))
 
 
@@ -178,3 +190,33 @@ def _is_idle(processor: object) -> bool:
 def num_known_tokens(runner: Any) -> np.ndarray:
     """Tokens of each request in the batch of a model runner, prompt included: the position of the one sampled next."""
     return runner.input_batch.num_tokens_no_spec
+
+
+def logits_processor_plugins() -> list[str]:
+    """Names of installed packages' logits processors, which vLLM loads into every engine without being asked."""
+    return [point.value for point in entry_points(group=LOGITSPROCS_GROUP)]
+
+
+def reports_kept_tokens() -> bool:
+    """Whether this vLLM can say from which tokens each one was drawn; 0.32 can, 0.26 cannot."""
+    return hasattr(EngineArgs, "return_sampling_mask")
+
+
+def report_kept_tokens(engine: Any) -> None:
+    """Let the scheduler of an in-process LLMEngine hand out the sampling masks of QurlCpuWorker.
+
+    vLLM 0.32 has an argument for it, return_sampling_mask, and refuses it with the model runner of CPUs, whose sampler makes no
+    masks; ours does. Not needed once vLLM's second model runner runs on CPUs (`tests/e2e` fails where masks do not arrive)."""
+    engine.engine_core.engine_core.scheduler.return_sampling_mask = True
+
+
+def keep_sampling_masks_as_arrays() -> None:
+    """Let vLLM hand out sampling masks as numpy arrays, where it would make a Python number of each entry.
+
+    A set may have thousands of entries, and a response thousands of sets: 36 bytes an entry instead of 4, for as long as the
+    response takes to finish. Affects 0.32; everything works without it, only slower."""
+    SamplingMaskLists.to_nested_list = _split_mask  # type: ignore[method-assign,assignment]
+
+
+def _split_mask(mask: SamplingMaskLists) -> list[np.ndarray]:
+    return [mask.token_ids] if mask.offsets is None else np.split(mask.token_ids, mask.offsets[1:-1])

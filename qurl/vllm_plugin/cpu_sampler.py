@@ -6,22 +6,25 @@ cumulative distribution: the softmax is summed in blocks, a uniform number picks
 
 The number is a hash of the request's seed and the token's position. What a request samples therefore depends on nothing else: not
 on the batch it is in, nor on a preemption, nor on a prompt that is computed in chunks. Rows are worked on one by one, each in the
-cache of a core and each with the same operations, so that their values do not depend on the batch either."""
+cache of a core and each with the same operations, so that their values do not depend on the batch either.
+
+Where top-p or top-k cut the distribution, the sampler also keeps which tokens were left, for the learner to renormalize over."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput, SamplingMaskLists
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from qurl.vllm_plugin.compat import is_plain_sampling, num_known_tokens
+from qurl.vllm_plugin.compat import is_temperature_sampling, num_known_tokens
 
 BLOCK = 256
 
@@ -88,21 +91,27 @@ class RequestSeed:
 
 
 class QurlSampler(Sampler):
-    """vLLM's sampler with `draw` in the place of Gumbel-max, and a short way for batches without filters or penalties."""
+    """vLLM's sampler with `draw` in the place of Gumbel-max, and a short way for batches without penalties and the like."""
 
     def __init__(self, runner: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.runner = runner
         self.topk_topp_sampler.forward = self._filter_and_draw
+        self._kept: SamplingMaskLists | None = None
 
     def forward(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> SamplerOutput:
         """vLLM's contract."""
-        if args or kwargs or self.logprobs_mode != "processed_logprobs" or not is_plain_sampling(sampling_metadata):
+        self._kept = None
+        if args or kwargs or self.logprobs_mode != "processed_logprobs" or not is_temperature_sampling(sampling_metadata):
             return super().forward(logits, sampling_metadata, *args, **kwargs)
         assert sampling_metadata.temperature is not None, "vLLM leaves it out where all requests are greedy"
-        temperatures = sampling_metadata.temperature.tolist()
-        uniforms = self._uniforms(sampling_metadata.generators, len(logits))
-        tokens, logprobs = draw(logits, uniforms, None if all(value == 1 for value in temperatures) else temperatures)
+        temperatures: list[float] | None = sampling_metadata.temperature.tolist()
+        if all(value == 1 for value in temperatures):
+            temperatures = None
+        if sampling_metadata.top_k is not None or sampling_metadata.top_p is not None:
+            logits = self.apply_temperature(logits.float(), sampling_metadata.temperature, all_random=True)
+            logits, temperatures = self._cut(logits, sampling_metadata.top_k, sampling_metadata.top_p), None
+        tokens, logprobs = draw(logits, self._uniforms(sampling_metadata.generators, len(logits)), temperatures)
         tensors = None
         if sampling_metadata.max_num_logprobs is not None:
             pairs = zip(logits, logits.gather(1, tokens), strict=True)
@@ -114,10 +123,24 @@ class QurlSampler(Sampler):
         self, logits: Tensor, generators: dict[int, Any], k: Tensor | None, p: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Contract of TopKTopPSampler: tokens int64 [B], and what is reported of all tokens. logits: float32 [B, V]."""
-        logits = apply_top_k_top_p(logits, k, p)
+        logits = self._cut(logits, k, p)
         tokens = draw(logits, self._uniforms(generators, len(logits)))[0].squeeze(1)
         processed = {"processed_logits": lambda: logits, "processed_logprobs": lambda: self.compute_logprobs(logits)}
         return tokens, processed.get(self.logprobs_mode, lambda: None)()
+
+    def take_kept(self) -> SamplingMaskLists | None:
+        """What was left to draw from in each row of the last batch, once; None where no request cut anything."""
+        kept, self._kept = self._kept, None
+        return kept
+
+    def _cut(self, logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
+        """logits [B, V] float32 with -inf for the tokens that top-k and top-p remove; what they leave is noted."""
+        logits = apply_top_k_top_p(logits, k, p)
+        if k is not None or p is not None:
+            is_left = logits > -math.inf
+            offsets = torch.nn.functional.pad(is_left.sum(1).cumsum(0), (1, 0))
+            self._kept = SamplingMaskLists(is_left.nonzero()[:, 1].int().numpy(), offsets.numpy())
+        return logits
 
     def _uniforms(self, generators: dict[int, Any], num_rows: int) -> Tensor:
         """One number per row, float64 [B]; from the engine's own generator for requests without a seed."""

@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "qurl"
 
 RANKS = {
-    "types": 0, "errors": 0, "actors": 0, "hardware": 0, "plug": 0, "processes": 0, "config": 1, "locks": 1, "shared_files": 1,
-    "observability": 1,
+    "types": 0, "errors": 0, "actors": 0, "hardware": 0, "plug": 0, "processes": 0,
+    "config": 1, "kept_tokens": 1, "locks": 1, "shared_files": 1, "observability": 1,
     "algorithms": 2, "rewards": 2, "data": 2,
     "quantization": 3, "warmstart": 3,
     "vllm_plugin": 4, "sync": 4,
