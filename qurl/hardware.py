@@ -38,9 +38,29 @@ class Hardware:
     hidden_gpus: str = ""  # why torch sees none of the GPUs that the kernel has; "" where it has none
 
     @property
+    def bfloat16_instructions(self) -> str:
+        """What the CPU multiplies bfloat16 with: "AMX", "AVX512_BF16", "BF16" (Arm), or "" where every product is emulated."""
+        known = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "bf16": "BF16"}
+        return next((name for flag, name in known.items() if flag in self.cpu_flags), "")
+
+    @property
     def int8_instructions(self) -> str:
         """What the CPU multiplies INT8 with: "AMX", "VNNI", or "" for nothing that vLLM's kernels could use."""
         return "AMX" if "amx_int8" in self.cpu_flags else "VNNI" if self.cpu_flags & {"avx512_vnni", "avx_vnni"} else ""
+
+
+def engine_dtype(asked: str, device: str, machine: Hardware) -> str:
+    """The dtype of what engines do not quantize; the one place where "auto" is resolved. device: "cpu" or "cuda".
+
+    auto is bfloat16, but float32 on a CPU that is known to lack instructions for it, where emulation costs an engine more than
+    reading twice the bytes does, and float16 on a GPU before Ampere, for which vLLM refuses bfloat16."""
+    if asked != "auto":
+        return asked
+    if device == "cpu":
+        is_unknown = not machine.cpu_flags
+        return "bfloat16" if machine.bfloat16_instructions or is_unknown else "float32"
+    has_bfloat16 = all(gpu.capability >= (8, 0) for gpu in machine.gpus)
+    return "bfloat16" if has_bfloat16 else "float16"
 
 
 def detect() -> Hardware:
@@ -104,7 +124,8 @@ def _cpu() -> tuple[str, frozenset[str]]:
     for line in _read("/proc/cpuinfo").split("\n\n")[0].splitlines():
         key, _, value = line.partition(":")
         fields[key.strip()] = value.strip()
-    return fields.get("model name", platform.processor() or platform.machine()), frozenset(fields.get("flags", "").split())
+    flags = fields.get("flags", fields.get("Features", "")).split()  # Arm calls them features
+    return fields.get("model name", platform.processor() or platform.machine()), frozenset(flags)
 
 
 def _container_memory() -> int:

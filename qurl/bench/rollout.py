@@ -5,7 +5,8 @@ workers run them: no process boundary hides or adds time, a step is a call that 
 Absolute speed on a shared machine moves by more than the formats differ, so all engines of a shape live side by side and decode a
 few steps each in turn, in alternating order; a ratio is taken within one round and the median over rounds is reported.
 
-`none` is bfloat16, `int8` and its like are qurl's methods, `stock_int8` is vLLM's own method on a checkpoint exported for it.
+A format is measured in the dtype that rollout.dtype=auto takes here, or in the one behind an `@`, as in `none@bfloat16`. `none` is
+that dtype, `int8` and its like are qurl's methods, `stock_int8` is vLLM's own method on a checkpoint exported for it.
 Only decoding is timed, with the sampling of training: temperature 1, log-probabilities, one seed per request.
 
 A step reads the weights of all linear layers, as they lie in memory, and of lm_head; keys and values are not counted, which short
@@ -19,13 +20,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from qurl.bench.child import Progress, check_known, measure_in_child
-from qurl.bench.rollout_shapes import SHAPES, head_bytes, linear_layers
+from qurl.bench.rollout_shapes import DTYPE_BYTES, SHAPES, head_bytes, linear_layers
 from qurl.quantization import FORMATS
 
 STOCK = "stock_"
 """Prefix of formats that run on vLLM's own method."""
+
+DTYPE = "@"
+"""Stands between a format and a dtype."""
 
 PAIRS_WITH_STOCK = {name: STOCK + name for name, quantization in FORMATS.items() if quantization.scheme is not None}
 
@@ -54,13 +59,14 @@ def run_rollout_bench(
     num_rounds: int = 9,
     steps_per_round: int = 8,
     num_threads: int | None = None,
-    enforce_eager: bool = True,
+    enforce_eager: bool | None = None,
     progress: Progress = lambda shape, done, total: None,
 ) -> list[RolloutRow]:
     """Rows for every shape and batch size: each format over the first one, and a qurl format over its stock counterpart.
 
-    num_threads: of the engines; default all cores. Raises ValueError for an unknown shape or format or a count below 1, and
-    RuntimeError with the end of the child's output where measuring failed."""
+    num_threads: of the engines; default all cores. enforce_eager: no CUDA graphs; default as in training, on CPUs alone. Raises
+    ValueError for an unknown shape, format or dtype or a count below 1, and RuntimeError with the end of the child's output where
+    measuring failed."""
     _check(shapes, formats, batch_sizes, num_rounds, steps_per_round)
     rows = []
     for shape in shapes:
@@ -69,18 +75,22 @@ def run_rollout_bench(
             "steps_per_round": steps_per_round, "enforce_eager": enforce_eager,
         }  # fmt: skip
         found = measure_in_child("qurl.bench.rollout_child", job, num_threads, progress)
-        held = {name: found["linear_bytes"].get(name) or _stored_bytes(shape, name) for name in formats}
+        held = {
+            name: found["linear_bytes"].get(name) or _stored_bytes(shape, name, found["dtypes"][name]) for name in formats
+        }
         for batch_size, measured in zip(batch_sizes, found["measured"], strict=True):
             limit = max(measured["read_bytes_per_s"], default=None)
-            rows += _rows(shape, batch_size, steps_per_round, measured["seconds"], held, limit, found["cache_bytes"])
+            cache_bytes, dtypes = found["cache_bytes"], found["dtypes"]
+            rows += _rows(shape, batch_size, steps_per_round, measured["seconds"], held, limit, cache_bytes, dtypes)
     return rows
 
 
 def _rows(
     shape: str, batch_size: int, steps: int, seconds: Mapping[str, list[float]], held: Mapping[str, float], limit: float | None,
-    cache_bytes: int,
+    cache_bytes: int, dtypes: Mapping[str, str] = MappingProxyType({}),
 ) -> list[RolloutRow]:  # fmt: skip
-    """seconds: of each round, by format; held: bytes of the linear layers, likewise; limit: bytes that can be read in a second."""
+    """seconds: of each round, by format; held: bytes of the linear layers, likewise; limit: bytes that can be read in a second.
+    dtypes: of what a format does not quantize, lm_head too; bfloat16 where none is named."""
     num_weights = sum(map(math.prod, linear_layers(shape)))
     first = next(iter(seconds))
     pairs = [(name, first) for name in seconds]
@@ -88,7 +98,7 @@ def _rows(
     rows = []
     for name, baseline in pairs:
         ratios = [base / own for base, own in zip(seconds[baseline], seconds[name], strict=True)]
-        step_s, step_bytes = statistics.median(seconds[name]) / steps, held[name] + head_bytes(shape)
+        step_s, step_bytes = statistics.median(seconds[name]) / steps, held[name] + head_bytes(shape, dtypes.get(name, "bfloat16"))
         share = None if limit is None or step_bytes <= cache_bytes else step_bytes / step_s / limit
         rows.append(RolloutRow(
             ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios), format=name, baseline=baseline,
@@ -98,8 +108,11 @@ def _rows(
     return rows
 
 
-def _stored_bytes(shape: str, name: str) -> float:
-    """Of the linear layers in bfloat16 or in vLLM's own format, which it holds as they are stored."""
+def _stored_bytes(shape: str, name: str, dtype: str) -> float:
+    """Of the linear layers in their dtype or in vLLM's own format, which it holds as they are stored."""
+    name = name.partition(DTYPE)[0]
+    if name == "none":
+        return sum(DTYPE_BYTES[dtype] * math.prod(layer) for layer in linear_layers(shape))
     format = FORMATS[name.removeprefix(STOCK)]
     return sum(format.bits_per_weight(layer) / 8 * math.prod(layer) for layer in linear_layers(shape))
 
@@ -107,6 +120,9 @@ def _stored_bytes(shape: str, name: str) -> float:
 def _check(shapes: Sequence[str], formats: Sequence[str], batch_sizes: Sequence[int], *counts: int) -> None:
     known = [*FORMATS, *PAIRS_WITH_STOCK.values()]
     check_known("shape", shapes, list(SHAPES))
-    check_known("format", formats, known)
+    check_known("format", [name.partition(DTYPE)[0] for name in formats], known)
+    check_known("dtype", [name.partition(DTYPE)[2] or "bfloat16" for name in formats], list(DTYPE_BYTES))
+    if len(set(formats)) < len(formats):
+        raise ValueError(f"formats {list(formats)} name one twice")
     if not batch_sizes or min(*batch_sizes, *counts) < 1:
         raise ValueError(f"batch sizes {list(batch_sizes)}, rounds and steps {list(counts)} must be at least 1")

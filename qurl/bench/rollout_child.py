@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 8
 WARM_UP_STEPS = 4
 KV_CACHE_BYTES = 1 << 29
+GPU_SHARE = 0.05
+"""What vLLM wants to be free of a GPU before an engine starts, though the cache has a size: the others are there already."""
 
 
 def main(folder: Path, job: dict[str, Any]) -> None:
@@ -29,16 +31,23 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     import torch
 
     from qurl.bench.memory import MemoryReader, linear_bytes
-    from qurl.bench.rollout import STOCK
+    from qurl.bench.rollout import DTYPE, STOCK
     from qurl.bench.rollout_shapes import write_models
     from qurl.quantization.kernels.cpu.library import KernelsUnavailable
 
-    paths = write_models(job["shape"], job["formats"], STOCK, folder)
+    bases = {name: name.partition(DTYPE)[0] for name in job["formats"]}
+    paths = write_models(job["shape"], list(dict.fromkeys(bases.values())), STOCK, folder)
+    is_eager = not torch.cuda.is_available() if job["enforce_eager"] is None else job["enforce_eager"]
     engines = {
-        name: build_engine(path, None if name.startswith(STOCK) else name, job["enforce_eager"]) for name, path in paths.items()
+        name: build_engine(
+            paths[base], None if base.startswith(STOCK) else base, is_eager, dtype=name.partition(DTYPE)[2] or "auto"
+        )
+        for name, base in bases.items()
     }
     held = {
-        name: engines[name].collective_rpc(linear_bytes)[0] for name in engines if name != "none" and not name.startswith(STOCK)
+        name: engines[name].collective_rpc(linear_bytes)[0]
+        for name, base in bases.items()
+        if base != "none" and not base.startswith(STOCK)
     }
     try:
         reader = MemoryReader("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,20 +62,30 @@ def main(folder: Path, job: dict[str, Any]) -> None:
     for size in job["batch_sizes"]:
         seconds, read = measure(engines, size, job["num_rounds"], job["steps_per_round"], reader, done)
         measured.append({"seconds": seconds, "read_bytes_per_s": read})
-    found = {"linear_bytes": held, "cache_bytes": 0 if reader is None else reader.cache_bytes, "measured": measured}
+    dtypes = {name: str(engine.model_config.dtype).removeprefix("torch.") for name, engine in engines.items()}
+    found: dict[str, Any] = {"dtypes": dtypes}
+    found |= {"linear_bytes": held, "cache_bytes": 0 if reader is None else reader.cache_bytes, "measured": measured}
     (folder / RESULT).write_text(json.dumps(found))
 
 
-def build_engine(path: Path, format_name: str | None, enforce_eager: bool, precision: str | None = None) -> LLMEngine:
+def build_engine(
+    path: Path, format_name: str | None, enforce_eager: bool, precision: str | None = None, dtype: str = "auto"
+) -> LLMEngine:
     """An in-process engine with the arguments of a rollout worker. format_name: of qurl; None for what the checkpoint says.
-    precision: as quantization.precision."""
+    precision: as quantization.precision. dtype: as rollout.dtype."""
+    import torch
     from vllm import EngineArgs, LLMEngine
 
+    from qurl.hardware import detect, engine_dtype
     from qurl.vllm_plugin import engine_args
 
     plugin = {} if format_name is None else engine_args(format_name, precision=precision)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        plugin["gpu_memory_utilization"] = GPU_SHARE
     arguments = EngineArgs(
-        model=str(path), dtype="bfloat16", skip_tokenizer_init=True, generation_config="vllm", logprobs_mode="processed_logprobs",
+        model=str(path), dtype=engine_dtype(dtype, device, detect()),  # type: ignore[arg-type]
+        skip_tokenizer_init=True, generation_config="vllm", logprobs_mode="processed_logprobs",
         enforce_eager=enforce_eager, max_model_len=2048, kv_cache_memory_bytes=KV_CACHE_BYTES, enable_prefix_caching=False,
         disable_log_stats=True, use_tqdm_on_load=False, **plugin,
     )  # fmt: skip

@@ -25,9 +25,12 @@ def linear_layers(shape: str) -> list[tuple[int, int]]:
     return [(hidden + key_values, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)] * sizes["num_hidden_layers"]
 
 
-def head_bytes(shape: str) -> int:
-    """Of lm_head, in bfloat16."""
-    return 2 * SHAPES[shape]["vocab_size"] * SHAPES[shape]["hidden_size"]
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def head_bytes(shape: str, dtype: str = "bfloat16") -> int:
+    """Of lm_head."""
+    return DTYPE_BYTES[dtype] * SHAPES[shape]["vocab_size"] * SHAPES[shape]["hidden_size"]
 
 
 def write_models(shape: str, formats: Sequence[str], stock_prefix: str, folder: Path) -> dict[str, Path]:

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     even.add_argument("--batch-size", type=int, metavar="N", help="likewise")
     even.add_argument("--transport", metavar="TRANSPORT", help="of the sync benchmark, where it measured several")
     for command in (rollout, kernels, sync, install):
-        help_ = "none, int8, fp8, mxfp4, ...; rollout: stock_int8 too; kernels: onednn_int8, lobcq:CODEBOOKS and lobcq@16 too"
+        help_ = "none, int8, fp8, mxfp4, ...; rollout: stock_int8, FORMAT@DTYPE; kernels: onednn_int8, lobcq:CODEBOOKS and lobcq@16"
         command.add_argument("--formats", nargs="+", metavar="FORMAT", help=help_)
         command.add_argument("--num-rounds", type=int, metavar="N", help="turns of every format; a ratio is the median over rounds")
     switch.add_argument("--num-rounds", type=int, metavar="N", help="switches to each precision; a time is the median over rounds")

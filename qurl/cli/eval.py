@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--benchmarks", nargs="+", required=True, metavar="NAME", help="which, see below")
     add("--data", nargs="+", action="extend", metavar="NAME=FILE", help="a benchmark's problems from a local file")
     add("--format", help="precision of the engines: none, int8, fp8, fp8_block, mxfp4, ...; encoded while the model loads")
+    add("--dtype", help="of what is not quantized; default auto: bfloat16, float32 on a CPU without its instructions")
     add("--ignore", nargs="+", metavar="PATTERN", help="modules to keep in full precision")
     add("--precision", metavar="SETTING|FILE", help="of --format axbxp: e.g. k4-w1-a2, or what `qurl search` wrote")
     add("--codebooks", metavar="FILE", help="of --format lobcq, lobcq_int8 or lobcq_w4a16; default: the package's")

@@ -61,6 +61,7 @@ def _model_rows(config: TrainConfig, plan: RunPlan) -> Iterator[tuple[str, str]]
     shape = f"{model.num_layers} layers, hidden {model.hidden_size}, vocabulary {model.vocab_size:,}"
     yield config.model.path, f"{model.num_parameters:,} parameters; {shape}"
     yield "quantized", f"{plan.num_quantized_modules} of {len(model.linear_names)} linear layers to {config.quantization.format}"
+    yield "the rest", f"{plan.engine_dtype} in the engines, {config.learner.dtype.name} in the learner"
     ratio = plan.bf16_bytes / plan.wire_bytes
     yield "weight update", f"{_size(plan.wire_bytes)} per engine, {ratio:.2f} times fewer than bfloat16 ({_size(plan.bf16_bytes)})"
 

@@ -6,7 +6,7 @@ for a core spin against each other (a factor of ten and more)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qurl import hardware
 from qurl.config.run import Device, TrainConfig
@@ -55,6 +55,12 @@ def place(
         gpus_per_engine=share * config.rollout.tensor_parallel_size if on_gpu else 0.0,
         gpus_per_rank=share if on_gpu else 0.0,
     )
+
+
+def with_engine_dtype(config: TrainConfig) -> TrainConfig:
+    """The configuration with rollout.dtype resolved for this machine, which stands for the engines' own."""
+    dtype = hardware.engine_dtype(config.rollout.asked_dtype, place(config).device, hardware.detect())
+    return replace(config, rollout=replace(config.rollout, dtype=dtype))
 
 
 def num_gpus_needed(config: TrainConfig) -> int:

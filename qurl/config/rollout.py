@@ -17,6 +17,9 @@ class RolloutConfig:
     top_k: int = -1  # draws from so many tokens; -1: all
     max_response_tokens: int = 1024
     stop_token_ids: list[int] = field(default_factory=list)  # besides the tokenizer's end of sequence
+    # dtype of what engines do not quantize, and of the weight stream: auto, bfloat16, float16 or float32. auto: bfloat16, but
+    # float32 on a CPU without bfloat16 instructions and float16 on a GPU before Ampere
+    dtype: str = "auto"
     max_staleness: int = 0  # weight versions a sample may lag behind; 0: synchronous
     num_engines: int = 1
     tensor_parallel_size: int = 1
@@ -26,14 +29,16 @@ class RolloutConfig:
 
     @property
     def cuts(self) -> bool:
-        """Whether tokens are drawn from a part of the vocabulary. The tokens that were left then travel with each sampled one, and the
-        learner renormalizes over the same ones: all logprobs, entropy and KL are those of the cut distribution."""
+        """Whether tokens are drawn from a part of the vocabulary.
+
+        The tokens that were left then travel with each sampled one, and the learner renormalizes over the same ones: all logprobs,
+        entropy and KL are those of the cut distribution."""
         return self.top_p < 1 or self.top_k > 0
 
     @property
-    def dtype(self) -> str:
-        """vLLM's dtype of what is not quantized: engine_args.dtype, bfloat16 where it is not given."""
-        return self.engine_args.get("dtype", "bfloat16")
+    def asked_dtype(self) -> str:
+        """engine_args.dtype where it is given, else dtype. qurl.hardware.engine_dtype resolves auto."""
+        return self.engine_args.get("dtype", self.dtype)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -45,11 +45,11 @@ COUNTED_ARGS = {"max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_c
 """Engine arguments that planning computes with, or that fail deep in vLLM where they are no positive whole number."""
 
 UNKNOWN_TO_THE_LEARNER = {
-    "logits_processors": "the learner cannot follow it; only rollout.temperature, top_p and top_k are followed",
-    "override_generation_config": "sampling is what rollout.temperature, top_p, top_k and stop_token_ids say",
-    "watermark": "a watermark changes what is sampled and the learner cannot follow it",
-    "watermark_config": "a watermark changes what is sampled and the learner cannot follow it",
-    "diffusion_config": "the learner scores tokens from left to right",
+    "logits_processors": "the learner cannot follow it, only rollout.temperature, top_p and top_k",
+    "override_generation_config": "only rollout.temperature, top_p, top_k and stop_token_ids say how tokens are sampled",
+    "watermark": "the learner cannot follow it, only rollout.temperature, top_p and top_k",
+    "watermark_config": "the learner cannot follow it, only rollout.temperature, top_p and top_k",
+    "diffusion_config": "the learner scores tokens from left to right, with rollout.temperature, top_p and top_k",
 }
 """Engine arguments that change the distribution that is sampled from, or seem to; why training refuses each."""
 
@@ -207,11 +207,14 @@ def _rollout(config: RolloutConfig) -> None:
     _positive("rollout.", config, "temperature", "engine_timeout_s")
     _require(0 < config.top_p <= 1, "rollout.top_p", config.top_p, "a number in (0, 1]")
     _require(config.top_k == -1 or config.top_k >= 1, "rollout.top_k", config.top_k, "-1 (all tokens) or a number >= 1")
-    dtypes = ("bfloat16", "float16", "float32")
-    _require(config.dtype in dtypes, "rollout.engine_args.dtype", config.dtype, f"one of {', '.join(dtypes)}")
+    dtypes, given = ("bfloat16", "float16", "float32"), config.engine_args.get("dtype")
+    _require(config.dtype in ("auto", *dtypes), "rollout.dtype", config.dtype, f"auto or one of {', '.join(dtypes)}")
+    _require(given is None or given in dtypes, "rollout.engine_args.dtype", given, f"rollout.dtype={config.dtype} alone")
+    agree = given is None or config.dtype in ("auto", given)
+    _require(agree, "rollout.engine_args.dtype", given, f"rollout.dtype={config.dtype} alone: the two disagree")
     for name, reason in UNKNOWN_TO_THE_LEARNER.items():
         if config.engine_args.get(name):
-            raise ConfigError(f"rollout.engine_args.{name} cannot be trained with: {reason}; remove it")
+            raise ConfigError(f"rollout.engine_args.{name} cannot be trained with: {reason}; use those, or leave it out")
     for name in COUNTED_ARGS & config.engine_args.keys():
         value = config.engine_args[name]
         is_count = _is_number(value) and value >= 1 and value == int(value)

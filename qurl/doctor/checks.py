@@ -13,7 +13,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from qurl.hardware import MIN_DRIVER, Hardware, detect
+from qurl.hardware import MIN_DRIVER, Hardware, detect, engine_dtype
 from qurl.quantization import FORMATS
 from qurl.quantization.devices import lacks
 
@@ -140,17 +140,13 @@ def _precisions(machine: Hardware) -> Iterator[Finding]:
     if "avx2" not in machine.cpu_flags:
         yield Finding(Level.fail, "instructions", "no AVX2", "vLLM's CPU backend needs AVX2; use another machine")
         return
-    has = machine.cpu_flags.__contains__
-    bf16 = "AMX" if has("amx_bf16") else "AVX512_BF16" if has("avx512_bf16") else ""
     yield Finding(Level.ok, "int8", f"native ({machine.int8_instructions or 'AVX2, compiled on first use'})")
-    yield _native("bf16", bf16, "consider rollout.engine_args.dtype=float32")
+    bf16, chosen = machine.bfloat16_instructions, engine_dtype("auto", "cpu", machine)
+    found = f"native ({bf16})" if bf16 else "emulated"
+    yield Finding(Level.ok, "bf16", f"{found}; rollout.dtype=auto takes {chosen}")
     yield Finding(Level.ok, "fp8, fp8_block", "emulated on every CPU: exact numbers, slow")
     yield Finding(Level.ok, "lobcq, axbxp_k2l2, axbxp_k1l3", "native (AVX2 or better, compiled on first use)")
     yield Finding(Level.ok, "other formats of 4 bits", "emulated everywhere: exact numbers, the speed of float32")
-
-
-def _native(name: str, instructions: str, otherwise: str) -> Finding:
-    return Finding(Level.ok, name, f"native ({instructions})") if instructions else Finding(Level.warn, name, "emulated", otherwise)
 
 
 def _threads(machine: Hardware) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ class EvalConfig:
     benchmarks: list[str]  # keys of qurl.evaluation.benchmarks.BENCHMARKS
     data: dict[str, str] = field(default_factory=dict)  # benchmark -> local file
     format: str = "none"  # key of qurl.quantization.FORMATS; the checkpoint is encoded as it loads
+    dtype: str = "auto"  # as rollout.dtype, of what is not quantized
     ignore: list[str] = field(default_factory=list)  # as quantization.ignore
     precision: Any = None  # as quantization.precision
     codebooks: Any = None  # as quantization.codebooks
@@ -47,6 +48,8 @@ class EvalConfig:
         self.codebooks = resolved_codebooks(self.codebooks, "--codebooks")
 
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
 FREE_FIELDS = frozenset({"out", "k", "engines", "reward_workers"})
 """What may differ between the command that started an evaluation and the one that goes on: no sample depends on it."""
 
@@ -64,6 +67,10 @@ def validate(config: EvalConfig) -> None:
     for option in ("samples", "max_tokens", "max_prompt_tokens", "engines", "tensor_parallel_size", "reward_workers"):
         value = getattr(config, option)
         _require(value >= 1, f"--{option.replace('_', '-')} {value} cannot run; use at least 1")
+    asked = {config.dtype, config.engine_args.get("dtype", config.dtype)}
+    for dtype in sorted(asked):
+        _require(dtype in DTYPES, f"--dtype {dtype} is unknown; use one of {', '.join(DTYPES)}")
+    _require(len(asked - {"auto"}) < 2, f"--dtype {config.dtype} and --engine-arg dtype disagree; leave the latter out")
     _require(config.max_problems is None or config.max_problems >= 1, f"--max-problems {config.max_problems} leaves no problem")
     _require(0 <= config.temperature < float("inf"), f"--temperature {config.temperature} cannot run; use 0 or more, e.g. 0.6")
     _require(0 < config.top_p <= 1, f"--top-p {config.top_p} cannot run; use a number in (0, 1]")

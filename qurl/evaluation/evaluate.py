@@ -46,6 +46,8 @@ def run_evaluation(config: EvalConfig, progress: Progress) -> tuple[dict[str, An
 
     Raises ConfigError or ValueError for what the user must change, before Ray or vLLM start."""
     validate(config)
+    asked, device = config.engine_args.get("dtype", config.dtype), "cuda" if hardware.gpus() else "cpu"
+    config = replace(config, dtype=hardware.engine_dtype(asked, device, hardware.detect()))
     with in_options():
         parts, checkpoint, tokenizer, prompts, stop_ids = _checked(config)
     with Journal(output_folder(config), saved_config(config, checkpoint, prompts)) as journal:

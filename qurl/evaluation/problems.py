@@ -37,7 +37,7 @@ def parts_config(config: EvalConfig) -> TrainConfig:
         ),
         rollout=RolloutConfig(
             num_engines=config.engines, tensor_parallel_size=config.tensor_parallel_size, engine_args=config.engine_args,
-            max_response_tokens=config.max_tokens,
+            max_response_tokens=config.max_tokens, dtype=config.dtype,
         ),
         data=DataConfig(max_prompt_tokens=config.max_prompt_tokens, overlong_prompts=OverlongPrompts.error),
     )  # fmt: skip

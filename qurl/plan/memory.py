@@ -23,7 +23,8 @@ from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
 from qurl.sync.code_changes import interval_on
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+"""auto: where it was not resolved for a machine, bfloat16."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of zero_optimization.stage3_max_live_parameters."""
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.92
@@ -119,7 +120,7 @@ class EngineMemory:
 
 def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) -> int:
     """Bytes of one full weight update."""
-    plain = DTYPE_BYTES[config.rollout.dtype]
+    plain = DTYPE_BYTES[config.rollout.asked_dtype]
     bits_per_weight = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks).bits_per_weight
     total = 0.0
     for name, shape in model.parameters.items():
@@ -260,7 +261,7 @@ def engine_memory(
     """One GPU of an engine (or the engine on a CPU) that has `samples` responses of `longest` tokens to sample."""
     rollout, arguments = config.rollout, config.rollout.engine_args
     size = rollout.tensor_parallel_size
-    values = 1 if "fp8" in str(arguments.get("kv_cache_dtype", "")) else DTYPE_BYTES[rollout.dtype]
+    values = 1 if "fp8" in str(arguments.get("kv_cache_dtype", "")) else DTYPE_BYTES[rollout.asked_dtype]
     pool = arguments.get("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES if device == "cpu" else None)
     num_sequences = min(samples, int(arguments.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS)))
     return EngineMemory(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from qurl.config.learner import LearnerDtype
 from qurl.config.placement import Placement, num_gpus_needed, place
 from qurl.config.run import Device, TrainConfig
 from qurl.config.validate import check_devices
 from qurl.errors import ConfigError
-from qurl.hardware import Hardware, detect
+from qurl.hardware import Hardware, detect, engine_dtype
 from qurl.kept_tokens import max_bytes_per_token
 from qurl.plan.batch import BatchPlan, plan_batch
 from qurl.plan.critic import read_critic_facts
@@ -52,6 +53,7 @@ class RunPlan:
     stages: tuple[StagePlan, ...]
     placement: Placement
     machine: Hardware
+    engine_dtype: str  # rollout.dtype, resolved
     wire_bytes: int  # one full weight update, per engine
     bf16_bytes: int  # the same in bfloat16
     host_bytes: int  # at most, of all processes in the memory of a node; of all nodes where `is_known` is false
@@ -73,6 +75,8 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     num_gpus = len(machine.gpus) * machine.num_nodes
     placement = place(config, num_gpus if is_known else None, machine.num_cores, machine.hidden_gpus)
     check_devices(config, Device[placement.device])
+    dtype = engine_dtype(config.rollout.asked_dtype, placement.device, machine)
+    config = replace(config, rollout=replace(config.rollout, dtype=dtype))
     size = config.rollout.tensor_parallel_size
     if is_known and placement.device == "cuda" and size > len(machine.gpus):
         raise ConfigError(f"rollout.tensor_parallel_size={size}: an engine stays on a node, whose GPUs are {len(machine.gpus)}")
@@ -102,6 +106,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
         ),
         placement=placement,
         machine=machine,
+        engine_dtype=dtype,
         wire_bytes=wire,
         bf16_bytes=2 * model.num_parameters,
         host_bytes=_host_bytes(config, learner, engines[0], placement, machine if is_known else None),
@@ -211,6 +216,13 @@ def _warnings(
                 f"{at_once} threads compete for {machine.num_cores} cores and will slow each other down; lower "
                 "rollout.num_engines, learner.num_ranks or cluster.*_threads"
             )
+        if not machine.bfloat16_instructions and machine.cpu_flags:
+            asked = {
+                "rollout.dtype=float32": config.rollout.dtype == "bfloat16",
+                "learner.dtype=float32": config.learner.dtype is LearnerDtype.bfloat16,
+            }
+            for key in (key for key, is_emulated in asked.items() if is_emulated):
+                found.append(f"bfloat16 is emulated on this processor, which has no instructions for it; {key} is faster")
         if is_fp8:
             found.append("FP8 is emulated on the CPU: the numbers are exact, the speed is not that of FP8")
     for gpu in machine.gpus if placement.device == "cuda" else ():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
+from qurl.hardware import detect, engine_dtype
 from qurl.rollout.request import Sampling
 
 CONTROLLED_ARGS = frozenset({
@@ -56,7 +57,8 @@ def build_engine(
     taken = CONTROLLED_ARGS & set(rollout.engine_args)
     if taken:
         raise ValueError(f"rollout.engine_args.{sorted(taken)[0]} is set by qurl itself; remove it")
-    defaults: dict[str, Any] = {"max_model_len": max_model_len, "disable_log_stats": True, "dtype": rollout.dtype}
+    dtype = engine_dtype(rollout.asked_dtype, "cuda" if torch.cuda.is_available() else "cpu", detect())
+    defaults: dict[str, Any] = {"max_model_len": max_model_len, "disable_log_stats": True, "dtype": dtype}
     if rollout.tensor_parallel_size > 1:
         defaults["distributed_executor_backend"] = "mp"  # in a Ray placement group vLLM would take GPUs from Ray once more
     if not torch.cuda.is_available():

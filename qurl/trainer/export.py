@@ -20,11 +20,11 @@ async def export_run(run_dir: Path, out: Path) -> None:
     """Load the run's latest checkpoint with as many ranks as wrote it, and write its weights. Raises ConfigError without one."""
     from qurl.config.compose import load_config
     from qurl.config.paths import with_absolute_paths
-    from qurl.config.placement import place
+    from qurl.config.placement import place, with_engine_dtype
     from qurl.learner.group import LearnerGroup
     from qurl.trainer.start import naming, ray_session
 
-    config = with_absolute_paths(load_config(run_dir / "config.yaml"))
+    config = with_engine_dtype(with_absolute_paths(load_config(run_dir / "config.yaml")))
     run_dir, out = run_dir.resolve(), out.resolve()
     checkpoint = latest_checkpoint(run_dir)
     placement = place(config)

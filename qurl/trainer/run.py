@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qurl.config import TrainConfig
 from qurl.config.paths import with_absolute_paths
+from qurl.config.placement import with_engine_dtype
 from qurl.data import PromptStream, build_prompts, load_rows
 from qurl.errors import ConfigError, GuardStop, one_line, remote_cause
 from qurl.learner.huggingface import check_weight_files
@@ -38,6 +39,7 @@ def run(config: TrainConfig) -> int:
     """Train, or go on where the last checkpoint of this run folder ends. Returns the exit code.
 
     Raises ConfigError or ValueError for what the user must change, before anything heavy starts."""
+    config = with_engine_dtype(config)
     with RunFolder(config) as folder:
         config = with_absolute_paths(config)  # config.yaml keeps the user's spelling
         checkpoints = Checkpoints(folder.path, config.checkpoint.keep_last)

@@ -105,9 +105,8 @@ class QurlSampler(Sampler):
         if args or kwargs or self.logprobs_mode != "processed_logprobs" or not is_temperature_sampling(sampling_metadata):
             return super().forward(logits, sampling_metadata, *args, **kwargs)
         assert sampling_metadata.temperature is not None, "vLLM leaves it out where all requests are greedy"
-        temperatures: list[float] | None = sampling_metadata.temperature.tolist()
-        if all(value == 1 for value in temperatures):
-            temperatures = None
+        is_plain = all(value == 1 for value in sampling_metadata.temperature.tolist())
+        temperatures = None if is_plain else sampling_metadata.temperature.tolist()
         if sampling_metadata.top_k is not None or sampling_metadata.top_p is not None:
             logits = self.apply_temperature(logits.float(), sampling_metadata.temperature, all_random=True)
             logits, temperatures = self._cut(logits, sampling_metadata.top_k, sampling_metadata.top_p), None

@@ -10,7 +10,7 @@ from qurl.config.compose import compose
 from qurl.config.placement import place
 from qurl.config.validate import validate
 from qurl.errors import ConfigError
-from qurl.hardware import Gpu, Hardware
+from qurl.hardware import Gpu, Hardware, engine_dtype
 from qurl.plan import make_plan
 from qurl.plan.memory import wire_bytes
 from qurl.plan.preflight import check_model
@@ -376,10 +376,46 @@ def test_a_reward_module_that_ends_its_process_does_not_end_ours(needed: list[st
         plan([*needed, f"reward.function='{tmp_path}/ends.py:score'"])
 
 
-def test_a_cut_distribution_is_told_since_the_learner_s_is_whole(needed: list[str]) -> None:
-    assert not any("cut the distribution" in warning for warning in plan(needed).warnings)
-    for override in ("rollout.top_p=0.9", "rollout.top_k=5"):
-        assert any("cut the distribution" in warning for warning in plan([*needed, override]).warnings)
+def test_what_kept_tokens_cost_is_told_where_the_distribution_is_cut(needed: list[str]) -> None:
+    assert not any("each token travels" in warning for warning in plan(needed).warnings)
+    for override, most in (("rollout.top_p=0.9", -(-plan(needed).model.vocab_size // 8)), ("rollout.top_k=5", 20)):
+        assert any(f"at most {most} bytes" in warning for warning in plan([*needed, override]).warnings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "capability", "chosen"),
+    [
+        ({"avx2"}, "cpu", None, "float32"),
+        ({"avx2", "avx512_bf16"}, "cpu", None, "bfloat16"),
+        ({"amx_bf16"}, "cpu", None, "bfloat16"),
+        ({"asimd", "bf16"}, "cpu", None, "bfloat16"),
+        (set(), "cpu", None, "bfloat16"),
+        (set(), "cuda", (9, 0), "bfloat16"),
+        (set(), "cuda", (7, 5), "float16"),
+    ],
+)
+def test_the_engines_dtype_is_one_that_the_device_multiplies(
+    needed: list[str], flags: set[str], device: str, capability: tuple[int, int] | None, chosen: str
+) -> None:
+    machine = dataclasses.replace(
+        LAPTOP if capability is None else with_gpus(2, capability=capability), cpu_flags=frozenset(flags)
+    )
+    assert engine_dtype("auto", device, machine) == chosen
+    assert engine_dtype("float16", device, machine) == "float16"
+    found = plan([*needed, f"cluster.device={device}"], machine)
+    other = plan([*needed, f"cluster.device={device}", "rollout.dtype=float32"], machine)
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[chosen]
+    assert (found.engine_dtype, other.engine_dtype) == (chosen, "float32")
+    assert found.engine.kv_per_sequence * 4 == other.engine.kv_per_sequence * size
+    assert found.wire_bytes <= other.wire_bytes
+
+
+def test_bfloat16_that_is_asked_for_where_it_is_emulated_is_told(needed: list[str]) -> None:
+    machine = dataclasses.replace(LAPTOP, cpu_flags=frozenset({"avx2"}))
+    found = plan([*needed, "rollout.dtype=bfloat16", "learner.dtype=bfloat16"], machine).warnings
+    for key in ("rollout.dtype=float32", "learner.dtype=float32"):
+        assert any(f"{key} is faster" in warning for warning in found)
+    assert not any("is faster" in warning for warning in plan(needed, machine).warnings)
 
 
 def test_a_critic_takes_the_memory_of_a_second_learner_that_runs_after_the_first(needed: list[str], tmp_path: Path) -> None:
