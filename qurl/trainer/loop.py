@@ -49,6 +49,7 @@ class TrainingLoop:
     interrupt: asyncio.Event
     completed: int
     evaluated: int
+    inputs: dict[str, Any]  # fingerprints of what the run is made from (qurl.trainer.inputs), for its checkpoints
     evaluate: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, dict[str, float]]] | None
     _untrained: Batch | None = None
 
@@ -168,7 +169,7 @@ class TrainingLoop:
         stream_state = self._untrained.stream_state if self._untrained else self.producer.stream_state()
         state = {
             "step": self.completed, "evaluated": self.evaluated, "stream": stream_state, "guard": self.guard.state_dict(),
-            "logger": self.log.state_dict(),
+            "logger": self.log.state_dict(), "inputs": self.inputs,
         }  # fmt: skip
         with self.timeline.span("checkpoint"):
             folder = await self.checkpoints.save(self.completed, state, self.learner.save_checkpoint)

@@ -23,6 +23,7 @@ from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
 from qurl.rewards import VOTES, payable
 from qurl.trainer.checkpoint import Checkpoints
+from qurl.trainer.inputs import Fingerprint, fingerprints
 from qurl.trainer.interrupt import Interrupted, held_signals, on_signal
 from qurl.trainer.run_folder import RunFolder
 from qurl.types import Prompt, RolloutGroup
@@ -59,7 +60,9 @@ def run(config: TrainConfig) -> int:
         stop_ids = stop_token_ids(config, tokenizer)
         check_vocabulary(config, [stop_ids, *(p.token_ids for p in [*prompts, *chain.from_iterable(evaluation.values())])])
         stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
+        inputs = fingerprints(config, prompts, evaluation)
         if state is not None:
+            folder.refuse_other_inputs(state, inputs)
             stream.load_state_dict(state["stream"])
         log = RunLogger(folder.path, config.logging, config.num_steps, folder.resolved)
         try:
@@ -67,8 +70,8 @@ def run(config: TrainConfig) -> int:
 
             log.stage("start")
             with ray_session(config) as ray_logs, held_signals():
-                return asyncio.run(_train(config, folder.path, ray_logs, checkpoints, resume_from, state, tokenizer, stop_ids,
-                                          stream, evaluation, log))  # fmt: skip
+                return asyncio.run(_train(config, folder, ray_logs, checkpoints, resume_from, state, tokenizer, stop_ids,
+                                          stream, evaluation, inputs, log))  # fmt: skip
         except Interrupted:
             return EXIT_INTERRUPTED
         except asyncio.CancelledError:
@@ -132,7 +135,7 @@ def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dic
 
 async def _train(
     config: TrainConfig,
-    run_dir: Path,
+    folder: RunFolder,
     ray_logs: Path,
     checkpoints: Checkpoints,
     resume_from: Path | None,
@@ -141,6 +144,7 @@ async def _train(
     stop_ids: list[int],
     stream: PromptStream,
     evaluation: dict[str, list[Prompt]],
+    inputs: dict[str, Fingerprint],
     log: RunLogger,
 ) -> int:
     from qurl.rollout.pool import training_sampling
@@ -152,6 +156,7 @@ async def _train(
     from qurl.trainer.start import engine_starter, started_parts
     from qurl.trainer.weights import PublishedWeights
 
+    run_dir = folder.path
     completed, evaluated, guard = 0, -1, Guard(config.guard)
     if state is not None:
         completed, evaluated = state["step"], _evaluated(state)
@@ -196,8 +201,9 @@ async def _train(
         loop = TrainingLoop(
             config=config, learner=learner, pool=pool, weights=weights, producer=producer, checkpoints=checkpoints, log=log,
             timeline=timeline, guard=guard, interrupt=interrupt, completed=completed, evaluated=evaluated,
-            evaluate=evaluator if evaluation else None,
+            evaluate=evaluator if evaluation else None, inputs=inputs,
         )  # fmt: skip
+        folder.write_config()
         try:
             await loop.run()
         except Interrupted:

@@ -125,7 +125,7 @@ async def _train(folder: Path, config: TrainConfig, point: Points) -> None:
     loop = TrainingLoop(
         config=config, learner=world, pool=world, weights=world, producer=producer, checkpoints=checkpoints, log=log,
         timeline=Timeline(folder / "timeline.json"), guard=Guard(config.guard), interrupt=interrupt, completed=completed,
-        evaluated=evaluated, evaluate=world.evaluate,
+        evaluated=evaluated, evaluate=world.evaluate, inputs={},
     )  # fmt: skip
     try:
         await loop.run()

@@ -69,7 +69,7 @@ class World:
         self.loop = TrainingLoop(
             config=self.config, learner=self, pool=self, weights=self, producer=self.producer, checkpoints=self.checkpoints,
             log=self, timeline=Timeline(tmp_path / "timeline.json"), guard=Guard(self.config.guard), interrupt=self.interrupt,
-            completed=0, evaluated=-1, evaluate=self.evaluate,
+            completed=0, evaluated=-1, evaluate=self.evaluate, inputs={},
         )  # fmt: skip
 
     async def sample(self, prompt, step):
@@ -153,7 +153,7 @@ def test_each_version_is_published_before_it_samples_and_logged_before_it_is_sav
             "sample p4 with 2", "sample p5 with 2", "train 4", "publish 3", "log 2", "evaluate", "save",
         ]  # fmt: skip
         assert list(world.evaluations) == [0, 2, 3] and world.logged[0]["policy/loss"] == 0.5
-        assert saved_state(world) == {"step": 3, "evaluated": 3, "stream": {"taken": 6}, "guard": OFF, "logger": {}}
+        assert saved_state(world) == {"step": 3, "evaluated": 3, "stream": {"taken": 6}, "guard": OFF, "logger": {}, "inputs": {}}
 
     asyncio.run(scenario())
 
@@ -169,7 +169,7 @@ def test_an_interrupt_while_sampling_saves_what_is_trained_and_will_sample_the_s
             await run
         await world.producer.close()
         assert world.events[-1] == "save"
-        assert saved_state(world) == {"step": 0, "evaluated": 0, "stream": {"taken": 0}, "guard": OFF, "logger": {}}
+        assert saved_state(world) == {"step": 0, "evaluated": 0, "stream": {"taken": 0}, "guard": OFF, "logger": {}, "inputs": {}}
 
     asyncio.run(scenario())
 
