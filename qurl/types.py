@@ -9,6 +9,7 @@ sequence, B rows of a micro-batch, L columns of a row."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ class Prompt:
     text: str  # the rendered prompt, for people
     ground_truth: str
     data_source: str
-    extra: dict[str, Any] = field(default_factory=dict)  # what else the row carried, handed to the reward function
-    truth: Any = None  # the ground truth as stored where it is an object, of which ground_truth is the JSON text; else None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what else the row carried, handed to the reward function
+    truth: Any = None  # the ground truth as stored where it is a list or an object, of which ground_truth is the text; else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

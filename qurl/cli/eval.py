@@ -14,6 +14,13 @@ LOG_WIDTH = 200  # of the table where standard output is no terminal
 
 NUM_LOG_LINES = 20  # of progress, at least, where standard error is no terminal
 
+PAIRED = {
+    "data": "--data NAME=FILE",
+    "engine_args": "--engine-arg NAME=VALUE",
+    "chat_template_kwargs": "--chat-template-kwarg NAME=VALUE",
+}
+"""Field of EvalConfig -> how its option is written."""
+
 EPILOG = """Benchmarks: {benchmarks}.
 Columns of the table: value [95 % interval], in percent, from a bootstrap over problems. avg@k and maj@k are over all samples.
 The same command goes on where an earlier one was killed; results.json and problems.jsonl lie in the folder --out.
@@ -50,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", metavar="NAME|TEMPLATE", help=f"{prompts}, or a text with {{problem}} in it; default: the benchmark's")
     add("--reward", metavar="NAME", help="reward function; default: the benchmark's")
     add("--chat-template", action=argparse.BooleanOptionalAction, help="default: where the tokenizer has one")
+    add("--chat-template-kwarg", dest="chat_template_kwargs", nargs="+", action="extend", metavar="NAME=VALUE",
+        help="variables of the chat template, e.g. enable_thinking=false")
+    add("--control-tokens", metavar="text|keep", help="what a control token is in a problem's own text; default text")
     add("--out", metavar="DIR", help="default: evals/<model>-<format>, then -<precision> or a hash of the file, -rotation<N>")
     add("--engines", type=int, metavar="N")
     add("--tensor-parallel-size", type=int, metavar="N")
@@ -64,10 +74,10 @@ def main(args: argparse.Namespace) -> int:
     from qurl.evaluation.config import EvalConfig, validate
 
     options = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if getattr(args, f.name) is not None}
-    for name in {"data", "engine_args"} & options.keys():
-        options[name] = _pairs(options[name], {"data": "--data NAME=FILE", "engine_args": "--engine-arg NAME=VALUE"}[name])
-    if "engine_args" in options:
-        options["engine_args"] = {name: _value(text) for name, text in options["engine_args"].items()}
+    for name in PAIRED.keys() & options.keys():
+        options[name] = _pairs(options[name], PAIRED[name])
+    for name in {"engine_args", "chat_template_kwargs"} & options.keys():
+        options[name] = {key: _value(text) for key, text in options[name].items()}
     config = EvalConfig(**options)
     validate(config)
     return _evaluate(config)

@@ -14,7 +14,7 @@ from qurl.config.algorithm import (
     Rejection,
 )
 from qurl.config.critic import CriticConfig
-from qurl.config.data import DataConfig, DatasetConfig, OverlongPrompts
+from qurl.config.data import ControlTokens, DataConfig, DatasetConfig, OverlongPrompts
 from qurl.config.guard import GuardAction, GuardConfig
 from qurl.config.learner import LearnerConfig, LearnerDtype
 from qurl.config.model import ModelConfig
@@ -27,7 +27,8 @@ from qurl.config.sync import SyncConfig
 
 __all__ = [
     "AdvantageConfig", "Aggregation", "AlgorithmConfig", "CheckpointConfig", "ClusterConfig", "CorrectionConfig",
-    "CriticConfig", "DataConfig", "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "GuardAction",
+    "ControlTokens", "CriticConfig",
+    "DataConfig", "DatasetConfig", "Device", "DynamicSamplingConfig", "EvaluationConfig", "GuardAction",
     "GuardConfig", "KLConfig", "KLEstimator", "KLPlacement", "LearnerConfig", "LearnerDtype", "LoggingConfig", "ModelConfig",
     "OverlongConfig", "OverlongPrompts", "PolicyLossConfig", "ProbeConfig", "QuantizationConfig", "Rejection", "RewardConfig",
     "RolloutConfig", "StageConfig", "SyncConfig", "TrainConfig", "Unpayable", "UpdateAwareness", "WandbMode",

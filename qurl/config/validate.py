@@ -120,9 +120,12 @@ def _run(config: TrainConfig) -> None:
 
 
 def _data(config: DataConfig) -> None:
-    _require(bool(config.train.path), "data.train.path", "''", "a .jsonl, .json or .parquet file, a hub dataset, or data=gsm8k")
+    works = "a .jsonl, .json, .csv or .parquet file, a pattern such as shards/*.parquet, a hub dataset, or a list of these"
+    _require(bool(config.train.path), "data.train.path", "''", f"{works}; or data=gsm8k")
     for name, dataset in [("train", config.train), *((f"eval.{name}", dataset) for name, dataset in config.eval.items())]:
-        _require(bool(dataset.path), f"data.{name}.path", "''", "a .jsonl, .json or .parquet file or a hub dataset")
+        path = dataset.path
+        is_text = isinstance(path, str) or (isinstance(path, list) and all(isinstance(part, str) for part in path))
+        _require(is_text and bool(path), f"data.{name}.path", repr(path), works)
         rows = dataset.max_rows
         _require(rows is None or rows >= 1, f"data.{name}.max_rows", rows, "null or a number >= 1")
     _at_least(1, "data.", config, "max_prompt_tokens")

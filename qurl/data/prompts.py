@@ -3,7 +3,9 @@ makes the whole prompt of it."""
 
 from __future__ import annotations
 
+import difflib
 import logging
+import re
 import string
 import unicodedata
 from collections.abc import Sequence
@@ -11,10 +13,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from qurl.config import DataConfig, OverlongPrompts
+from qurl.data.control_tokens import ControlTokenGuard, encode
 from qurl.data.problems import Problem
 from qurl.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+OWN_ARGUMENTS = {
+    "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "messages",
+}
+"""Arguments of a tokenizer's apply_chat_template that are no variables of the template, or not the user's."""
 
 NUM_ROUND_TRIPS = 8  # prompts whose tokens are decoded again and compared
 
@@ -34,8 +43,11 @@ def build_prompts(problems: Sequence[Problem], tokenizer: Any, config: DataConfi
     template the tokenizer adds its own special tokens; with it, the template has written them. ValueError for a template that
     does not fit, a tokenizer that loses text, and prompts over `data.max_prompt_tokens` where they are refused or all there are."""
     _check_options(tokenizer, config)
-    texts = [_render(problem, tokenizer, config, key) for problem in problems]
-    token_ids = tokenizer(texts, add_special_tokens=not config.chat_template)["input_ids"]
+    guard = ControlTokenGuard(tokenizer, config.control_tokens, key)
+    texts = [_render(problem, tokenizer, config, key, guard) for problem in problems]
+    token_ids = encode(texts, tokenizer, add_special_tokens=not config.chat_template)
+    texts = guard.restore(texts, token_ids, not config.chat_template)
+    guard.warn()
     _check_round_trip(texts[:NUM_ROUND_TRIPS], token_ids[:NUM_ROUND_TRIPS], tokenizer, key)
     prompts = []
     for problem, text, ids in zip(problems, texts, token_ids, strict=True):
@@ -43,7 +55,7 @@ def build_prompts(problems: Sequence[Problem], tokenizer: Any, config: DataConfi
             raise ValueError(f"{key} {problem.place}: the tokenizer encodes the prompt to no token: {text[:80]!r}")
         if len(ids) <= config.max_prompt_tokens:
             prompts.append(Prompt(
-                prompt_id=f"r{problem.row:06d}", token_ids=list(ids), text=text, ground_truth=problem.answer,
+                prompt_id=f"r{problem.row:06d}", token_ids=list(ids), text=text, ground_truth=problem.answer, truth=problem.truth,
                 data_source=problem.data_source, extra=problem.extra,
             ))  # fmt: skip
         elif config.overlong_prompts is OverlongPrompts.error:
@@ -64,6 +76,7 @@ def build_prompts(problems: Sequence[Problem], tokenizer: Any, config: DataConfi
 
 
 def _check_options(tokenizer: Any, config: DataConfig) -> None:
+    _check_kwargs(tokenizer, config)
     if config.max_prompt_tokens < 1:
         raise ValueError(f"data.max_prompt_tokens={config.max_prompt_tokens} leaves no prompt; use at least 1")
     if config.chat_template and not tokenizer.chat_template:
@@ -78,6 +91,22 @@ def _check_options(tokenizer: Any, config: DataConfig) -> None:
         raise _template_error(config.prompt_template, "it names no column, so all prompts would be the same")
 
 
+def _check_kwargs(tokenizer: Any, config: DataConfig) -> None:
+    """Refuse variables that the chat template would ignore, and those that are set here."""
+    if config.chat_template_kwargs and not config.chat_template:
+        raise ValueError("data.chat_template_kwargs needs data.chat_template=true; or leave it out")
+    for name in config.chat_template_kwargs:
+        if name in OWN_ARGUMENTS:
+            raise ValueError(f"data.chat_template_kwargs.{name} is set by qurl itself; remove it")
+        template = tokenizer.chat_template
+        text = " ".join(template.values()) if isinstance(template, dict) else str(template)
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            words = set(re.findall(r"[A-Za-z_]\w+", " ".join(re.findall(r"\{[{%].*?[%}]\}", text, re.DOTALL))))
+            near = difflib.get_close_matches(name, sorted(words), n=2)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; remove it"
+            raise ValueError(f"data.chat_template_kwargs.{name}: the tokenizer's chat template reads no such variable{hint}")
+
+
 def _template_error(template: str, reason: str) -> ValueError:
     return ValueError(
         f"data.prompt_template={template!r}: {reason}; "
@@ -85,8 +114,9 @@ def _template_error(template: str, reason: str) -> ValueError:
     )
 
 
-def _render(problem: Problem, tokenizer: Any, config: DataConfig, key: str) -> str:
-    is_filled = problem.messages is not None and _is_filled(problem.text, config.prompt_template)
+def _render(problem: Problem, tokenizer: Any, config: DataConfig, key: str, guard: ControlTokenGuard) -> str:
+    problem = guard.shielded(problem)
+    is_filled = _is_filled(problem, config.prompt_template)
     user_turn = problem.text if is_filled else _fill(problem, config.prompt_template, key)
     if not config.chat_template:
         if problem.messages and len(problem.messages) > 1:
@@ -97,20 +127,42 @@ def _render(problem: Problem, tokenizer: Any, config: DataConfig, key: str) -> s
         if history and history[0]["role"] == "system":
             raise ValueError(f"{key} {problem.place}: the row has a system turn of its own; unset data.system_prompt")
         history = [{"role": "system", "content": config.system_prompt}, *history]
-    from jinja2 import TemplateError
-
+    chat = [*history, {"role": "user", "content": user_turn}]
     try:
-        chat = [*history, {"role": "user", "content": user_turn}]
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"{key} {problem.place}: the tokenizer's chat template refuses the chat: {error}") from error
+        rendered = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, **config.chat_template_kwargs
+        )
+    except Exception as error:  # trust boundary: a template is a program that comes with the model
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{key} {problem.place}: the tokenizer's chat template fails ({reason}); set data.chat_template=false, or mend the "
+            "template or data.chat_template_kwargs"
+        ) from error
+    if not isinstance(rendered, str):
+        raise ValueError(f"{key} {problem.place}: the tokenizer's chat template made a {type(rendered).__name__}, not text")
+    return rendered
 
 
-def _is_filled(text: str, template: str) -> bool:
-    """The last turn of a chat already begins and ends as the template does: verl's data sets are stored with their prompt."""
-    literals = [literal for literal, _, _, _ in string.Formatter().parse(template)]
-    begin, end = literals[0], literals[-1]
-    return len(literals) > 1 and bool(begin) and bool(end) and text.startswith(begin) and text.endswith(end)
+INSTRUCTION = re.compile(r"step[ -]by[ -]step|\\boxed\s*\{\s*\}|[\"'`]####[\"'`]|Answer: \$Answer", re.IGNORECASE)
+"""What the instructions of verl's data sets, and ours, have in common."""
+NUM_END_CHARACTERS = 300  # of a chat's user turn in which an instruction is looked for
+
+
+def _is_filled(problem: Problem, template: str) -> bool:
+    """Return whether the user turn already holds an instruction: rows of verl are stored with their prompt.
+
+    Such is a text that begins and ends as the template does, spaces aside, or a chat whose last turn begins or ends with an
+    instruction of another wording."""
+    begin, end, seen = "", "", False
+    for literal, field, _, _ in string.Formatter().parse(template):
+        begin, end = (begin, end + literal) if seen else (begin + literal, "")
+        if field is not None:
+            seen, end = True, ""
+    text, begin, end = (" ".join(part.split()) for part in (problem.text, begin, end))
+    if any(character.isalpha() for character in begin + end) and text.startswith(begin) and text.endswith(end):
+        return True
+    has_own = INSTRUCTION.search(text[-NUM_END_CHARACTERS:]) or INSTRUCTION.search(text[:NUM_END_CHARACTERS])
+    return problem.messages is not None and template.strip() != "{problem}" and bool(has_own)
 
 
 def _fill(problem: Problem, template: str, key: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from qurl.config import ControlTokens
 from qurl.config.codebooks_file import resolved_codebooks
 from qurl.config.precision_file import resolved_precision
 from qurl.config.validate import MAX_SEED
@@ -36,6 +37,8 @@ class EvalConfig:
     prompt: str | None = None  # key of PROMPTS or a template with {problem}; default: each benchmark's own
     reward: str | None = None  # as reward.function; default: each benchmark's own
     chat_template: bool | None = None  # default: where the tokenizer has one
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # as data.chat_template_kwargs
+    control_tokens: str = "text"  # as data.control_tokens
     out: str | None = None  # folder of the evaluation; default: see qurl.evaluation.evaluate.output_folder
     engines: int = 1
     tensor_parallel_size: int = 1
@@ -86,6 +89,8 @@ def validate(config: EvalConfig) -> None:
     _require(
         config.format != "none" or not config.ignore, "--ignore with --format none changes nothing; leave it out or choose a format"
     )
+    tokens = [mode.name for mode in ControlTokens]
+    _require(config.control_tokens in tokens, f"--control-tokens {config.control_tokens} is unknown; use {' or '.join(tokens)}")
     prompt = config.prompt
     _require(
         prompt is None or prompt in PROMPTS or "{problem}" in prompt,

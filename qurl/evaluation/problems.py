@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qurl.config import (
+    ControlTokens,
     DataConfig,
     ModelConfig,
     OverlongPrompts,
@@ -66,6 +67,8 @@ def load_prompts(config: EvalConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
         data = DataConfig(
             prompt_template=PROMPTS.get(template, template),
             chat_template=has_template if config.chat_template is None else config.chat_template,
+            chat_template_kwargs=config.chat_template_kwargs,
+            control_tokens=ControlTokens[config.control_tokens],
             max_prompt_tokens=config.max_prompt_tokens,
             overlong_prompts=OverlongPrompts.error,
         )

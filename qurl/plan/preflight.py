@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
@@ -13,6 +12,8 @@ from qurl.config.data import DatasetConfig
 from qurl.config.guard import GuardAction
 from qurl.config.quantization import UpdateAwareness
 from qurl.config.run import TrainConfig
+from qurl.data.files import files_of
+from qurl.data.readers import is_file_name
 from qurl.errors import ConfigError
 from qurl.learner.deepspeed_config import deepspeed_config, known_deepspeed_keys
 from qurl.plan.model_facts import HUB_NAME, ModelFacts
@@ -22,8 +23,6 @@ from qurl.quantization.axbxp import ALL_BLOCKS, AxBxP
 from qurl.quantization.base import QuantizationFormat
 from qurl.rewards import REWARDS, check_reward_function
 from qurl.rollout.vllm_engine import CONTROLLED_ARGS, known_engine_args
-
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def check_names(config: TrainConfig) -> None:
@@ -82,13 +81,16 @@ def check_datasets(config: TrainConfig) -> None:
 
 
 def _check_dataset(dataset: DatasetConfig, key: str) -> None:
-    path = Path(dataset.path).expanduser()
-    if path.is_file():
-        return
-    if path.is_dir():
-        raise ConfigError(f"{key}={dataset.path} is a folder; give a file in it ({', '.join(FILE_SUFFIXES)})")
-    if path.suffix in FILE_SUFFIXES or dataset.path.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(dataset.path):
-        raise ConfigError(f"{key}={dataset.path} does not exist; `qurl prepare NAME` makes a recipe's data, or give a hub dataset")
+    for path in dataset.paths:
+        label = f"{key}={path}"
+        try:
+            if is_file_name(path):
+                files_of(path, label)
+            elif not HUB_NAME.fullmatch(path):
+                raise ConfigError(f"{label} is neither a file nor the name of a hub dataset")
+        except ValueError as error:
+            hint = "; `qurl prepare NAME` makes a recipe's data, or give a hub dataset" if "no such file" in str(error) else ""
+            raise ConfigError(f"{error}{hint}") from error
 
 
 def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:

@@ -59,7 +59,7 @@ def bind(function: Any, config: RewardConfig, is_builtin: bool) -> Score:
     always = {text, truth, "data_source", *config.kwargs, *(("extra_info",) if text == "solution_str" else ())}
 
     def score(response: str, prompt: Prompt, finish_reason: str = "stop") -> Scored:
-        stored = prompt.ground_truth if prompt.truth is None else prompt.truth
+        stored = prompt.ground_truth if is_builtin or prompt.truth is None else prompt.truth
         row = {"prompt": prompt.text, "prompt_id": prompt.prompt_id, **({} if is_builtin else prompt.extra)}
         context = {"data_source": prompt.data_source, "extra_info": prompt.extra, "finish_reason": finish_reason}
         given = {**row, **context, **config.kwargs, text: response, truth: stored}

@@ -77,7 +77,11 @@ def test_gsm8k_rows_keep_the_whole_worked_answer_as_ground_truth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "text"), [(142.0, "142.0"), (7, "7"), (["2"], "['2']"), ([1, 2], "['1', '2']"), (0, "0"), (" 5 ", " 5 ")]
+    ("answer", "text"),
+    [
+        *((142.0, "142"), (0.5, "0.5"), (1e22, "1" + 22 * "0"), (-0.0, "0"), (1e-7, "0.0000001"), (7, "7"), (0, "0")),
+        *((True, "True"), (["2"], "2"), ([72.0], "72"), ([1, 2], "['1', '2']"), (" 5 ", " 5 ")),
+    ],
 )
 def test_answers_that_are_not_text_become_text(tmp_path, answer, text):
     assert load(write(tmp_path / "a.json", json.dumps([{"problem": "p", "answer": answer}])))[0].answer == text
@@ -114,8 +118,16 @@ def test_unique_keeps_the_first_of_rows_with_the_same_problem_and_answer(tmp_pat
         ("a.jsonl", "[1, 2]", ["line 1", "list"]),
         ("a.jsonl", '{"problem": 5, "answer": "1"}', ["line 1", "prompt_key", "int"]),
         ("a.jsonl", '{"problem": " ", "answer": "1"}', ["line 1", "empty"]),
-        ("a.jsonl", '{"problem": "p", "answer": {"x": 1}}', ["line 1", "answer_key", "{'x': 1}"]),
-        ("a.jsonl", '{"problem": "p", "answer": [["1", "2"]]}', ["line 1", "answer_key", "[['1', '2']]"]),
+        ("a.jsonl", '{"problem": "p", "answer": {}}', ["line 1", "answer_key", "no answer"]),
+        ("a.jsonl", '{"problem": "p", "answer": "1", "answer": "2"}', ["line 1", "'answer' stands twice"]),
+        ("a.jsonl", '{"problem": "p", "answer": "1"}'.encode("utf-16"), ["line 1", "UTF-16", "UTF-8"]),
+        ("a.json", '[{"problem": "p", "answer": "1"}]'.encode("utf-16-le"), ["UTF-16", "UTF-8"]),
+        ("a.jsonl.gz", "no gzip", ["compressed file is damaged"]),
+        ("a.parquet.gz", "x", ["unpack it"]),
+        ("a.arrow", "no arrow", ["not a readable Arrow file"]),
+        ("a.csv", "problem,answer\n1+1?,2,3\n", ["line 2", "3 values for the 2 columns"]),
+        ("a.csv", "problem,answer,answer\n1,2,3\n", ["'answer' stands there twice"]),
+        ("a.csv", 'problem,answer\n"1+1', ["line 2", "not CSV"]),
         ("a.jsonl", '{"problem": "p", "answer": Infinity}', ["line 1", "answer_key", "inf"]),
         ("a.jsonl", '[\n{"problem": "p", "answer": "1"}\n]', ["line 1", "belongs in a .json file"]),
         ("a.jsonl", b'{"problem": "p", "answer": "1"}\n\0\0\0\0', ["line 2", "NUL"]),
@@ -133,7 +145,8 @@ def test_unique_keeps_the_first_of_rows_with_the_same_problem_and_answer(tmp_pat
         ("a.json", '{"problem": "p"}\n{"problem": "q"}', ["line 2", ".jsonl"]),
         ("a.json", '[{"problem": "p", "answer": "1"}, {"problem": "p"}]', ["row 1 counting from 0", "answer_key"]),
         ("a.parquet", "not parquet", ["parquet"]),
-        ("a.csv", "problem,answer", ["'.csv' is not supported", ".jsonl"]),
+        ("a.csv", "problem,answer", ["holds no rows"]),
+        ("a.xlsx", "x", ["'.xlsx' is not supported", ".jsonl"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_with_place_and_key(tmp_path, name, content, words):
@@ -167,3 +180,84 @@ def test_a_hub_dataset_gives_rows_and_its_name_as_source(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([ROW, ROW]))
     problems = load("someone/problems-v1.5")
     assert [(p.text, p.answer, p.data_source) for p in problems] == [("1+1?", "2", "someone/problems-v1.5")] * 2
+
+
+def test_lists_and_objects_reach_a_reward_as_they_are_stored(tmp_path):
+    target = {"target": 3, "numbers": [1, 2]}
+    chat = [{"role": "user", "content": "Make 3"}]
+    rows = [{"prompt": chat, "reward_model": {"style": "rule", "ground_truth": it}} for it in (target, ["3", "III"], "3")]
+    path = write(tmp_path / "a.json", json.dumps(rows))
+    found = [(problem.answer, problem.truth) for problem in load(path)]
+    text = '{"numbers": [1, 2], "target": 3}'
+    assert found == [(text, target), ("['3', 'III']", ["3", "III"]), ("3", None)]
+    rows[0]["reward_model"]["ground_truth"] = None
+    refused(write(tmp_path / "b.json", json.dumps(rows[:1])), "no answer")
+
+
+def test_a_chat_and_a_reward_model_may_be_json_text(tmp_path):
+    chat = [{"role": "user", "content": "1+1?"}]
+    row = {"prompt": json.dumps(chat), "reward_model": json.dumps({"ground_truth": 2}), "extra_info": json.dumps({"index": 5})}
+    (problem,) = load(write(tmp_path / "a.json", json.dumps([row])))
+    assert (problem.messages, problem.text, problem.answer, problem.extra) == (chat, "1+1?", "2", {"index": 5})
+    (plain,) = load(write(tmp_path / "b.json", json.dumps([{"problem": json.dumps(chat), "answer": "2"}])))
+    assert plain.messages == chat
+    assert load(write(tmp_path / "c.json", json.dumps([{"problem": "[1, 2] has which sum?", "answer": "3"}])))[0].messages is None
+
+
+def test_files_patterns_and_compressed_files_are_one_dataset(tmp_path):
+    import bz2
+    import gzip
+    import lzma
+
+    def lines(name):
+        return json.dumps({"problem": name, "answer": "2"}).encode()
+
+    write(tmp_path / "a.jsonl.gz", gzip.compress(lines("a")))
+    write(tmp_path / "b.json.xz", lzma.compress(b"[" + lines("b") + b"]"))
+    write(tmp_path / "c.jsonl.bz2", bz2.compress(lines("c")))
+    write(tmp_path / "d.csv", "\ufeffproblem,answer\r\n\"d,\nd\",033\r\n\r\n")
+    write(tmp_path / "e.tsv", "problem\tanswer\ne\t5\n")
+    (tmp_path / "shards").mkdir()
+    for number in (1, 0):
+        pq.write_table(pa.Table.from_pylist([{"problem": f"s{number}", "answer": 1}]), tmp_path / "shards" / f"{number}.parquet")
+    table = pa.table({"problem": pa.array(["f"]).dictionary_encode(), "answer": pa.array(["1"], pa.large_string())})
+    for name, open_writer in (("f.arrow", pa.ipc.new_stream), ("g.feather", pa.ipc.new_file)):
+        with open_writer(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    names = ["a.jsonl.gz", "b.json.xz", "c.jsonl.bz2", "d.csv", "e.tsv", "shards/*.parquet", "f.arrow", "g.feather"]
+    problems = load_rows(DatasetConfig(path=[str(tmp_path / name) for name in names]), KEY)
+    assert [problem.text for problem in problems] == ["a", "b", "c", "d,\nd", "e", "s0", "s1", "f", "f"]
+    assert [problem.row for problem in problems] == list(range(9))
+    assert (problems[3].answer, problems[0].data_source, problems[6].data_source) == ("033", "a", "1")
+    assert problems[6].place == f"{tmp_path}/shards/1.parquet row 0 counting from 0"
+    refused(tmp_path / "*.nothing", "no file matches the pattern")
+    refused(tmp_path / "shards", "is a folder", "/*.parquet for all")
+
+
+def test_rows_of_megabytes_leave_the_memory_and_come_back_as_they_were(tmp_path):
+    import pickle
+    import tracemalloc
+
+    from qurl.data.spill import SpilledRow
+
+    tests = [{"input": f"{i} " * 500, "output": "x" * 1000} for i in range(150)]
+    row = {"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "1"}, "extra_info": {"tests": tests}}
+    schema = pa.Table.from_pylist([row]).schema
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        for _ in range(10):
+            writer.write_table(pa.Table.from_pylist([row] * 20, schema))  # 200 rows of 0.3 MB
+    tracemalloc.start()
+    problems = load(tmp_path / "a.parquet")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(problems) == 200
+    assert held < 2 << 20
+    assert peak < 40 << 20  # a batch of 32 rows; all rows are 70 MB
+    extra = problems[7].extra
+    assert isinstance(extra, SpilledRow)
+    assert list(extra) == ["tests"]
+    assert extra["tests"] == tests
+    assert len(pickle.dumps(extra)) < 500
+    assert pickle.loads(pickle.dumps(extra)) == {"tests": tests}
+    with pytest.raises(KeyError):
+        extra["none"]

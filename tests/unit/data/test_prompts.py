@@ -137,3 +137,89 @@ def test_the_prompt_of_dapo_is_added_to_plain_rows_and_not_again_to_chats_that_h
     rows = [problem(), problem(filled, row=1, messages=[{"role": "user", "content": filled}]),
             problem(row=2, messages=[{"role": "user", "content": "1+1?"}])]  # fmt: skip
     assert [p.text for p in build_prompts(rows, tokenizer, DataConfig(prompt_template=template), KEY).prompts] == [filled] * 3
+
+
+BOXED = "{problem}\nLet's think step by step and output the final answer within \\boxed{{}}."
+INSTRUCTED = "1+1\nLet's think step by step and output the final answer within \\boxed{}."
+
+
+GSM8K = "{question}\nLet's think step by step and give the final answer after \"####\"."
+
+
+@pytest.mark.parametrize("template", [BOXED, GSM8K, "{problem}"])
+def test_an_instruction_that_stands_in_the_row_is_not_added_again(tokenizer, template):
+    chat = [{"role": "user", "content": INSTRUCTED}]
+    config = DataConfig(prompt_template=template)
+    (prompt,) = build_prompts([problem(INSTRUCTED, messages=chat)], tokenizer, config, KEY).prompts
+    assert prompt.text == INSTRUCTED
+    bare = [problem("1+1", messages=[{"role": "user", "content": "1+1"}])]
+    assert build_prompts(bare, tokenizer, config, KEY).prompts[0].text == template.format(problem="1+1", question="1+1")
+
+
+def test_a_plain_row_that_ends_as_the_template_does_stays_as_it_is(tokenizer):
+    (prompt,) = build_prompts([problem(INSTRUCTED)], tokenizer, DataConfig(prompt_template=BOXED), KEY).prompts
+    assert prompt.text == INSTRUCTED
+    (prompt,) = build_prompts([problem("2=")], tokenizer, DataConfig(prompt_template="{problem}="), KEY).prompts
+    assert prompt.text == "2=="  # a sign is no instruction
+
+
+@pytest.fixture
+def marked(tokenizer):
+    """<s> before and </s> behind every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    found = tokenizer.__class__(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT,
+    )
+    ids = {name: found.convert_tokens_to_ids(name) for name in ("<s>", "</s>")}
+    found.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
+    return found
+
+
+def test_what_the_tokenizer_appends_is_taken_off_and_a_beginning_stands_once(marked, caplog):
+    assert marked("ab")["input_ids"][-1] == marked.eos_token_id
+    for template in ("{problem}", "<s>{problem}"):
+        config = DataConfig(prompt_template=template)
+        (prompt,) = build_prompts([problem("ab")], marked, config, KEY).prompts
+        assert marked.convert_ids_to_tokens(prompt.token_ids) == ["<s>", "a", "b"]
+    assert "appends </s>" in caplog.text
+
+
+def test_a_control_token_in_a_row_is_text_unless_rows_are_rendered_prompts(marked, caplog):
+    from qurl.config import ControlTokens
+
+    (prompt,) = build_prompts([problem("a</s>b", row=4)], marked, DataConfig(), KEY).prompts
+    assert marked.convert_ids_to_tokens(prompt.token_ids) == ["<s>", *"a</s>b"]
+    assert prompt.text == "a</s>b"
+    for word in ("line 5", "</s>", "data.control_tokens=keep"):
+        assert word in caplog.text
+    (prompt,) = build_prompts([problem("a</s>b")], marked, DataConfig(control_tokens=ControlTokens.keep), KEY).prompts
+    assert marked.convert_ids_to_tokens(prompt.token_ids) == ["<s>", "a", "</s>", "b"]
+    chat = [{"role": "user", "content": "<s>"}]
+    (prompt,) = build_prompts([problem("<s>", messages=chat)], marked, DataConfig(chat_template=True), KEY).prompts
+    assert marked.convert_ids_to_tokens(prompt.token_ids) == list("<user><s><assistant>")
+
+
+def test_variables_of_the_chat_template_reach_it(tokenizer):
+    template = CHAT + "{% if not enable_thinking %}<think></think>{% endif %}"
+    chatty = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+    texts = [
+        build_prompts([problem()], chatty, DataConfig(chat_template=True, chat_template_kwargs=kwargs), KEY).prompts[0].text
+        for kwargs in ({"enable_thinking": True}, {"enable_thinking": False})
+    ]
+    assert texts == ["<user>1+1?<assistant>", "<user>1+1?<assistant><think></think>"]
+    refused(["enable_thinkin", "did you mean enable_thinking"], [problem()], chatty, chat_template=True,
+            chat_template_kwargs={"enable_thinkin": False})
+    refused(["tokenize", "set by qurl"], [problem()], chatty, chat_template=True, chat_template_kwargs={"tokenize": True})
+    refused(["data.chat_template=true"], [problem()], chatty, chat_template_kwargs={"enable_thinking": True})
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ none.x.y }}", "{{ messages[0]['content'] + 1 }}", "{% for %}", "{{ nope() }}"]
+)
+def test_whatever_a_chat_template_raises_is_one_line_about_it(tokenizer, template):
+    chatty = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+    refused(["line 1", "chat template fails", "data.chat_template"], [problem()], chatty, chat_template=True)

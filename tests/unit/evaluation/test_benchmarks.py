@@ -29,7 +29,7 @@ def test_a_benchmark_names_a_prompt_and_a_reward_that_exist(name):
 @pytest.mark.parametrize(
     ("row", "answer"),
     [
-        ({"problem": "1+1?", "answer": 2.0}, "2.0"),
+        ({"problem": "1+1?", "answer": 2.0}, "2"),
         ({"question": "1+1?", "answer": "so\n#### 2"}, "so\n#### 2"),
         ({"question": "1+1?", "final_answer": ["2", "3"], "solution": "x"}, "['2', '3']"),
         ({"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}, "data_source": "x"}, "2"),
