@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from qurl.config import LearnerConfig, LearnerDtype
 from qurl.learner.deepspeed_config import deepspeed_config
 
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait in a collective: rank 0 may be writing an export of many GB to a slow disk meanwhile. A rank that died is
+noticed by the driver within seconds, whatever this says."""
+
 
 def join_process_group(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
     """Meet the other ranks (gloo on the CPU, nccl on GPUs); a group that already exists is used.
@@ -26,7 +31,10 @@ def join_process_group(rank: int, world_size: int, address: str, port: int, devi
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed reads the device from there
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size)
+        torch.distributed.init_process_group(
+            backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
     found = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if found != (rank, world_size):
         raise RuntimeError(f"this process is rank {found[0]} of {found[1]} already; it cannot be rank {rank} of {world_size}")
@@ -56,8 +64,34 @@ def initialize(policy: nn.Module, config: LearnerConfig, device: torch.device, s
     )
     if config.dtype is LearnerDtype.bfloat16:
         for name, parameter in policy.named_parameters():
-            deepspeed.utils.safe_set_full_fp32_param(parameter, originals.pop(name).to(device))
+            _set_master(parameter, originals.pop(name).to(device))
+    extend_timeouts()
     return engine
+
+
+def extend_timeouts() -> None:
+    """Give every process group COLLECTIVE_TIMEOUT, those that DeepSpeed made too: a new group does not inherit the timeout of the
+    default group, but has 10 minutes with NCCL and 30 with gloo."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+
+
+def _set_master(parameter: Any, value: torch.Tensor) -> None:
+    """Set the float32 master of a parameter, or this rank's part of it under ZeRO-3.
+
+    There DeepSpeed's safe_set_full_fp32_param fails for sizes that the number of ranks does not divide, such as a bias of one
+    number: the last part is padded, and the value is not."""
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):
+        utils.safe_set_full_fp32_param(parameter, value)
+        return
+    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
+    padded = value.new_zeros(size * torch.distributed.get_world_size(group))
+    padded[: value.numel()] = value.flatten()
+    utils.safe_set_local_fp32_param(parameter, padded[size * torch.distributed.get_rank(group) :][:size])
 
 
 def _parameter_groups(policy: nn.Module, config: LearnerConfig, scaled: Collection[str]) -> list[dict[str, Any]]:
@@ -89,6 +123,7 @@ def initialize_frozen(model: nn.Module, config: LearnerConfig, device: torch.dev
         "steps_per_print": None,
     }
     engine, *_ = _import_deepspeed(device).initialize(model=model, config=json, dist_init_required=False)
+    extend_timeouts()
     return engine
 
 

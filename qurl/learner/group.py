@@ -23,6 +23,7 @@ from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import Last, Metric, reduce_metrics
 from qurl.shared_files import SharedFiles, Written, host_name, look
 from qurl.sync import EngineHandle, SendReport, merge_send_reports
+from qurl.sync.transports.links import NCCL_ENVIRONMENT
 from qurl.types import TrainingSample
 
 GRACE_S = 5.0
@@ -226,5 +227,5 @@ def _cause(errors: list[BaseException]) -> BaseException:
 def _environment(device: str, threads: int) -> dict[str, str]:
     """Environment of a rank; threads that spin while idle would take the cores from the engines."""
     if device == "cuda":
-        return {}
+        return NCCL_ENVIRONMENT
     return {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000", "DS_ACCELERATOR": "cpu"}

@@ -1,20 +1,17 @@
 """The policy as training sees it: packed tokens in, one logprob per trained token out.
 
 The costly tensor of this computation is not in the transformer: [tokens, vocabulary] logits in float32 are 20 GB for 32k
-tokens of a 150k vocabulary, and backward wants several copies. So the output layer runs only where a token is trained, over
-chunks of tokens, and a chunk's logits are recomputed in backward instead of kept."""
+tokens of a 150k vocabulary, and backward wants several copies. So the output layer runs only where a token is trained, and
+over chunks of tokens (qurl.learner.scored_head)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from qurl.learner.decoder import hidden_states, prepare_for_training
-
-LOGIT_BYTES = 256 << 20
-"""Bound on one chunk of float32 logits; with a single chunk nothing is recomputed."""
+from qurl.learner.scored_head import ScoredHead
 
 
 class Policy(nn.Module):
@@ -37,10 +34,10 @@ class Policy(nn.Module):
         if not temperature > 0:
             raise ValueError(f"rollout.temperature={temperature} cannot be trained on; use a value > 0")
         self.model = model
-        self.temperature = temperature
-        self._entropy_gradient = entropy_gradient
         _check_output_layer(model)
         prepare_for_training(model, activation_checkpointing)
+        output_layer = model.get_output_embeddings()
+        self.head = ScoredHead(output_layer, temperature=temperature, entropy_gradient=entropy_gradient)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs, entropy), both [B, L] float32 and 0 where loss_mask is False; entropy has a gradient with entropy_gradient.
@@ -49,30 +46,9 @@ class Policy(nn.Module):
         rows, columns = loss_mask.nonzero(as_tuple=True)
         before = columns - 1  # what stands before a token predicts it
         hidden = hidden_states(self.model.base_model, input_ids, position_ids)[rows, before]
-        targets = input_ids[rows, columns]
-        head = self.model.get_output_embeddings()
-        size = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
-        if len(targets) <= size:
-            parts = [_score(head, hidden, targets, self.temperature, self._entropy_gradient)]
-        else:
-            parts = [
-                checkpoint(_score, head, h, t, self.temperature, self._entropy_gradient, use_reentrant=False)
-                for h, t in zip(hidden.split(size), targets.split(size), strict=True)
-            ]
-        logprobs, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+        logprobs, entropy = self.head(hidden, input_ids[rows, columns])
         zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=loss_mask.device)
         return zeros.index_put((rows, columns), logprobs), zeros.index_put((rows, columns), entropy)
-
-
-def _score(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """([N] logprobs of targets, [N] entropy) from [N, H] hidden states."""
-    logits = head(hidden).float()
-    log_probs = torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-    return log_probs.gather(1, targets[:, None])[:, 0], entropy
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from qurl.config.guard import GuardAction, GuardConfig
 from qurl.config.learner import LearnerDtype
 from qurl.config.run import TrainConfig
 from qurl.learner.deepspeed_config import deepspeed_config, offload_device
-from qurl.learner.policy import LOGIT_BYTES
+from qurl.learner.scored_head import LOGIT_BYTES
 from qurl.plan.model_facts import ModelFacts
 from qurl.quantization import resolved_format
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP

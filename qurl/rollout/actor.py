@@ -13,6 +13,7 @@ from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
 from qurl.rollout.engine import EngineFailed, EngineStatus, RolloutEngine
 from qurl.rollout.request import GenerationRequest
 from qurl.shared_files import SharedFiles, look
+from qurl.sync.transports.links import NCCL_ENVIRONMENT
 from qurl.types import Rollout, TensorRecord
 
 MAX_CONCURRENCY = 4096  # calls of one actor that may wait at the same time
@@ -91,6 +92,7 @@ def engine_environment(threads: int, device: str) -> dict[str, str]:
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
     }
     if device == "cuda":
+        env |= NCCL_ENVIRONMENT
         env["VLLM_USE_DEEP_GEMM"] = "0"  # it rounds the scales of fp8_block to powers of two; CUTLASS takes them as they were sent
     if device == "cpu":
         env |= {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -1,5 +1,6 @@
 """The weight stream on GPUs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from qurl.config import SyncConfig
 from qurl.quantization import FORMATS
 from qurl.sync import WeightReceiver, WeightSender, fingerprint
+from qurl.sync.transports.links import NCCL_ENVIRONMENT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL links join two different CUDA devices")
@@ -111,3 +113,28 @@ def test_an_engine_in_another_process_holds_the_same_bits(local_ray, transport, 
         assert all(held[key].view(torch.uint8).equal(tensor.view(torch.uint8)) for key, tensor in expected.items())
     for actor in (learner, engine):
         local_ray.kill(actor)
+
+
+class DyingEngine(Engine):
+    """An engine whose process ends while its first bucket is under way."""
+
+    def receive_bucket(self, bucket):
+        bucket.payload._group({})
+        os._exit(1)
+
+
+@needs_two
+def test_an_engine_that_dies_during_an_nccl_send_does_not_take_the_sender_with_it(local_ray):
+    options = {"num_cpus": 0, "num_gpus": 1.0, "runtime_env": {"env_vars": NCCL_ENVIRONMENT}}
+    learner = local_ray.remote(Learner).options(**options).remote("nccl", "int8", False)
+    for kind, dies in ((DyingEngine, True), (Engine, False)):
+        engine = local_ray.remote(kind).options(**options).remote()
+        version = 1 if dies else 2
+        local_ray.get(engine.begin_weight_update.remote(version))
+        report, expected = local_ray.get(learner.send.remote(version, 0, [engine]), timeout=120)
+        assert bool(report.failed) is dies
+        if not dies:
+            held = local_ray.get(engine.commit_weight_update.remote(version, report.records))
+            assert all(held[key].view(torch.uint8).equal(t.view(torch.uint8)) for key, t in expected.items())
+            local_ray.kill(engine)
+    local_ray.kill(learner)

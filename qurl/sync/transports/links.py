@@ -26,6 +26,10 @@ from qurl.sync.transports.base import Delivery
 
 SENDER, RECEIVER = 0, 1
 
+NCCL_ENVIRONMENT = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
+"""Of learner ranks and engines: a transfer that fails is cleaned up (2) and reported. By default (3) torch ends the process, so an
+engine that dies would take the learner rank that sends to it along."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinkPayload:
@@ -48,7 +52,8 @@ class LinkPayload:
             group = self._group(links)
             group.recv([buffer], SENDER, self.tag).wait()
         except RuntimeError as error:  # torch.distributed has no narrower class in common
-            links.pop(self.sender, None)
+            if (link := links.pop(self.sender, None)) is not None:
+                link[1].abort()
             raise SyncError(f"{self.backend} link to the sender at {self.host}:{self.port} failed: {error}") from error
         _synchronize(self.backend)
         yield buffer
@@ -141,6 +146,13 @@ class _Link:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._group = None
 
+    def _abort(self) -> None:
+        """End what is under way in the group: with NCCL a send to an engine that is gone would stay queued on the device and
+        block it until the timeout of the group."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+
     def _deliver(self, bucket: WireBucket, buffer: Tensor) -> None:
         if self.is_broken:
             raise SyncError(f"the {self._backend} link broke earlier in this update")
@@ -148,12 +160,16 @@ class _Link:
         if self._backend == "nccl":
             torch.cuda.set_device(self._device)
         acknowledgement = self._engine.receive_bucket.remote(bucket).future()
-        if self._group is None:
-            store = self._store.clone()  # a connection that waits for its engine lets no other thread through
-            self._group = _connect(self._backend, dist.PrefixStore(self._key, store), SENDER, self._timeout_s)
-        sending = self._group.send([buffer], RECEIVER, bucket.index)
-        acknowledgement.result(timeout=self._timeout_s)
-        sending.wait()
+        try:
+            if self._group is None:
+                store = self._store.clone()  # a connection that waits for its engine lets no other thread through
+                self._group = _connect(self._backend, dist.PrefixStore(self._key, store), SENDER, self._timeout_s)
+            sending = self._group.send([buffer], RECEIVER, bucket.index)
+            acknowledgement.result(timeout=self._timeout_s)
+            sending.wait()
+        except BaseException:
+            self._abort()
+            raise
         self.is_broken = False
 
 

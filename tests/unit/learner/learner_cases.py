@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import socket
+import time
 from contextlib import contextmanager
 
+import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -133,3 +136,22 @@ def captured_gradients(learner):
 def weights_of(learner):
     """Copies of all weights by name; a world of one rank."""
     return {name: tensor.clone() for name, tensor in learner.iter_weights()}
+
+
+def spawn_ranks(run_rank, *args, num_ranks=2, idle_s=30.0):
+    """Run run_rank(rank, port, *args) in processes of their own. Ranks that wait for each other fail instead of hanging: they
+    compute nothing for idle_s, however busy the machine is."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = torch.multiprocessing.spawn(run_rank, (port, *args), nprocs=num_ranks, join=False)
+    processes = [psutil.Process(process.pid) for process in ranks.processes]
+    used, since = 0.0, time.monotonic()
+    while not ranks.join(timeout=1.0):
+        now = sum(sum(process.cpu_times()[:2]) for process in processes if process.is_running())
+        if now > used + 1.0:  # gloo polls a little while it waits
+            used, since = now, time.monotonic()
+        elif time.monotonic() - since > idle_s:
+            for process in ranks.processes:
+                process.kill()
+            raise TimeoutError(f"no rank computed anything for {idle_s:g} s: they wait for each other in a collective")

@@ -366,7 +366,7 @@ def test_recomputation_works_with_partitioned_gradients_and_weights(tmp_path, mo
     build_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
     plain = build_learner(tmp_path, adam_epsilon=1e-3)
     plain.train_step([SAMPLES])
-    monkeypatch.setattr("qurl.learner.policy.LOGIT_BYTES", 7 * 300 * 4)  # 7 tokens per chunk
+    monkeypatch.setattr("qurl.learner.scored_head.LOGIT_BYTES", 7 * 300 * 4)  # 7 tokens per chunk
     persistence = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # not even small weights stay whole
     learner = build_learner(
         tmp_path, adam_epsilon=1e-3, zero_stage=zero_stage, activation_checkpointing=True, max_tokens_per_micro_batch=64,

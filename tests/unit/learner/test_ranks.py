@@ -5,11 +5,10 @@ The two ranks run all cases in one go and leave what they found in files, since 
 import dataclasses
 import gc
 import os
-import socket
 
 import pytest
 import torch
-from learner_cases import EVERYTHING, PPO, build_learner, build_samples, captured_gradients, weights_of
+from learner_cases import EVERYTHING, PPO, build_learner, build_samples, captured_gradients, spawn_ranks, weights_of
 
 from qurl.config import Aggregation, AlgorithmConfig, CriticConfig, KLConfig, LearnerDtype, PolicyLossConfig, QuantizationConfig
 from qurl.errors import NonFiniteLoss
@@ -108,10 +107,7 @@ def one_rank(model_folder):
 @pytest.fixture(scope="module")
 def two_ranks(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, model_folder, folder), nprocs=2)
+    spawn_ranks(run_rank, model_folder, folder)
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sync_cases import LINEARS, LocalEngine, encoded, make_sender, make_weights, nudge, same_bits, update
+from sync_cases import LINEARS, DyingEngine, LocalEngine, encoded, make_sender, make_weights, nudge, same_bits, update
 
 from qurl.sync import TRANSPORTS, SyncError, choose_transport
 from qurl.sync.transports import shared_memory
@@ -75,6 +75,22 @@ def test_a_gloo_link_that_broke_is_built_anew():
     assert "never received" in sender.send(2, iter(make_weights().items()), [engine]).failed[0]
     update(sender, engine, 3, make_weights(3))
     assert same_bits(engine.installer.tensors, encoded(make_weights(3)))
+
+
+def test_an_engine_killed_in_mid_bucket_leaves_the_sender_alive_and_its_links_whole():
+    sender, dying, healthy = make_sender(transport="gloo"), DyingEngine(), LocalEngine()
+    weights = make_weights() | {"model.extra.weight": torch.ones(8 << 20)}  # 16 MiB: more than sockets hold
+    for engine in (dying, healthy):
+        engine.begin_weight_update.remote(1).future().result()
+    report = sender.send(1, iter(weights.items()), [dying, healthy])
+    assert list(report.failed) == [0] and "the actor died (exit code -9)" in report.failed[0] and not report.unresponsive
+    assert sender._transport._links[dying]._group is None, "what is under way to a dead engine is ended"
+    healthy.commit_weight_update.remote(1, report.records).future().result()
+    assert same_bits(healthy.installer.tensors, encoded(weights))
+    weights, successor = nudge(weights, seed=2), LocalEngine()
+    for engine in (healthy, successor):
+        update(sender, engine, 2, weights)
+        assert same_bits(engine.installer.tensors, encoded(weights))
 
 
 def test_an_engine_that_is_busy_with_another_rank_keeps_no_other_engine_waiting():
