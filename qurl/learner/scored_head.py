@@ -22,7 +22,10 @@ LOGIT_BYTES = 256 << 20
 class ScoredHead(nn.Module):
     """Scores targets with the weight (and bias) of an output layer, which stays the owner of both in checkpoints."""
 
-    def __init__(self, head: nn.Module, *, temperature: float, entropy_gradient: bool):
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, head: Any, *, temperature: float, entropy_gradient: bool):
         """head: a linear output layer. temperature: divides the logits, > 0. entropy_gradient: the entropy has a gradient."""
         super().__init__()
         self.register_parameter("weight", head.weight)  # parameters of its own, so that ZeRO-3 gathers them for this call
