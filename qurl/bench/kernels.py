@@ -80,7 +80,8 @@ def run_kernel_bench(
     """Rows for every matrix, number of tokens and format.
 
     shapes: of models, see qurl.bench.rollout_shapes, or OUTPUTSxINPUTS. formats: LO-BCQ also with a file of codebooks, as
-    lobcq:FILE; with a rotation as lobcq@16. batch_sizes: numbers of tokens. num_threads: default all cores. cache_bytes: of the
+    lobcq:FILE; int4 and nf4 with a group size, as int4:64; with a rotation as lobcq@16. batch_sizes: numbers of tokens.
+    num_threads: default all cores. cache_bytes: of the
     last cache; default what the system says. Raises ValueError for what does not exist and KernelsUnavailable where memory cannot
     be read fast."""
     import torch
@@ -170,6 +171,8 @@ def _quantized(name: str, few: Tensor, outputs: int, spread: int) -> Contender:
 def _format_named(name: str) -> QuantizationFormat:
     plain, rotation = split_rotation(name)
     plain, colon, file = plain.partition(":")
+    if colon and file.isdigit():
+        return resolved_format(plain, group_size=int(file), rotation=rotation)
     format = resolved_format(plain, codebooks=resolved_codebooks(file, "--formats") if colon else None, rotation=rotation)
     if isinstance(format, LoBcq) and len(format.sets.layers) > 1:
         raise ValueError(f"--formats {name} has codebooks for each layer, and matrices here are of none; use some for all layers")

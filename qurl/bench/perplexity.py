@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qurl.config.codebooks_file import resolved_codebooks
 from qurl.config.precision_file import resolved_precision
+from qurl.errors import one_line
 from qurl.ptq.evaluation import Text, inputs_of, load_float32, quantized_in_memory
 from qurl.ptq.perplexity import DocumentLoss, decoded_activations
 from qurl.ptq.statistics import divergence, increase, perplexity, ratio
@@ -66,6 +67,14 @@ class PerplexityRow:
     divergence_ratio: Ratio | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unmeasured:
+    """A format that could not be measured on the model."""
+
+    format: str
+    reason: str
+
+
 def run_perplexity_bench(
     model: Path,
     text: Text,
@@ -76,24 +85,36 @@ def run_perplexity_bench(
     relative_to: str | None = None,
     ignore: Sequence[str] = (),
     progress: Progress = lambda format, done, total: None,
+    finished: Callable[[PerplexityRow | Unmeasured], None] = lambda row: None,
 ) -> list[PerplexityRow]:
     """A row per format, full precision first whether named or not; out: the folder of losses, and of the rows as JSON.
 
+    finished: called with each row as soon as there is one. The format that others are compared with is the second. The file of
+    rows is written anew after each, so that a killed command leaves those that it had. A format that does not fit the model, or
+    for which memory does not last, is left out and the others go on.
+
     formats: keys of FORMATS, those of LO-BCQ also with a file of codebooks, as lobcq:FILE, and axbxp with a precision, as
-    axbxp:SETTING or axbxp:FILE; behind that a rotation, as nvfp4@16 or lobcq:FILE@16. ignore: as quantization.ignore. relative_to:
-    one of the formats. Raises ValueError for a format that does not exist or does not fit the model."""
+    axbxp:SETTING or axbxp:FILE, and int4 and nf4 with a group size, as int4:64; behind that a rotation, as nvfp4@16 or
+    lobcq:FILE@16. ignore: as quantization.ignore. relative_to: one of the formats. Raises ValueError for a format that does not
+    exist, one of those compared with that does not fit the model, and where none fits."""
     full_precision = load_float32(model)
     linears = {name: module for name, module in full_precision.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted(select_targets(list(linears), ignore))
     quantizations = _resolved(formats, targets)
     relative_to = relative_to and _label(relative_to)
     _check(list(quantizations), relative_to)
-    for quantization in quantizations.values():
-        for target in targets:
-            _check_columns(quantization, target, linears[target].in_features)
-    rows, losses = [], {}
+    for name, reason in _misfits(quantizations, {target: linears[target].in_features for target in targets}).items():
+        del quantizations[name]
+        if name == relative_to or len(quantizations) == 1:
+            raise ValueError(reason)
+        finished(Unmeasured(format=name, reason=reason))
+    rows: list[PerplexityRow] = []
+    losses: dict[str, list[DocumentLoss]] = {}
+    errors: dict[str, _Errors] = {}
     inputs = inputs_of(full_precision, text.documents[:NUM_ERROR_DOCUMENTS], targets)
-    for name, quantization in quantizations.items():
+    weights = {target: linears[target].weight for target in targets}
+    first, order = (BASELINE, relative_to), list(quantizations)
+    for name, quantization in sorted(quantizations.items(), key=lambda item: item[0] not in first):
         replace = None if name == BASELINE else quantized_in_memory(
             quantization, targets, weights=operands is not Operands.activations, activations=operands is not Operands.weights
         )  # fmt: skip
@@ -102,12 +123,47 @@ def run_perplexity_bench(
         if isinstance(quantization, AxBxP):
             question["precision"] = {target: str(quantization.of_layer(target).precision) for target in targets}
         path = out / operands.value / (re.sub(r"[^\w.-]", "_", name) + ".jsonl")
-        losses[name] = text.losses(path, question, replace, partial(_report, progress, name, len(text.documents)))
-    for name, quantization in quantizations.items():
-        errors = _errors(quantization, {target: linears[target].weight for target in targets}, inputs)
-        rows.append(_row(name, errors, losses, relative_to))
-    (out / f"{operands.value}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        try:
+            losses[name] = text.losses(path, question, replace, partial(_report, progress, name, len(text.documents)))
+            errors[name] = _errors(quantization, weights, inputs)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if name in first:
+                raise
+            losses.pop(name, None)
+            finished(Unmeasured(format=name, reason=one_line(error)))
+            continue
+        if relative_to is not None and relative_to not in losses:
+            continue  # the next one is what full precision is compared with
+        for waiting in [name for name in losses if name not in {row.format for row in rows}]:
+            rows.append(_row(waiting, errors[waiting], losses, relative_to))
+            finished(rows[-1])
+        rows.sort(key=lambda row: order.index(row.format))
+        _write(out / f"{operands.value}.json", rows)
     return rows
+
+
+def _write(path: Path, rows: Sequence[PerplexityRow]) -> None:
+    """Whole or not at all, also where the process is killed meanwhile."""
+    partial_file = path.with_suffix(".partial")
+    partial_file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    partial_file.replace(path)
+
+
+def _misfits(quantizations: Mapping[str, QuantizationFormat], columns: Mapping[str, int]) -> dict[str, str]:
+    """Formats that cannot encode one of the matrices, and why; columns: of each matrix."""
+    found = {}
+    for name, quantization in quantizations.items():
+        for target, count in columns.items():
+            try:
+                quantization.check_columns(count)
+            except ValueError as error:
+                words = {"quantization.ignore": "--ignore", "set quantization.group_size=32": f"use {name.partition(':')[0]}:32"}
+                reason = str(error)
+                for key, option in words.items():
+                    reason = reason.replace(key, option)
+                found[name] = f"{target}: {reason}"
+                break
+    return found
 
 
 def _report(progress: Progress, name: str, total: int, done: int) -> None:
@@ -129,33 +185,29 @@ def _resolved(formats: Sequence[str], targets: Sequence[str]) -> dict[str, Quant
         name, colon, word = plain.partition(":")
         if name not in FORMATS:
             raise ValueError(
-                f"--formats {format} is unknown; use some of {', '.join(FORMATS)}, axbxp:k2-w2g16-a3g1 and the like, lobcq:FILE or "
-                "lobcq@16"
+                f"--formats {format} is unknown; use some of {', '.join(FORMATS)}, axbxp:k2-w2g16-a3g1 and the like, lobcq:FILE, "
+                "int4:64 or lobcq@16"
             )
         if _label(format) in found:
             raise ValueError(f"--formats names two files {_label(format)}; rename one of them")
         given: dict[str, Any] = {}
         if colon and isinstance(FORMATS[name], LoBcq):
             given = {"codebooks": resolved_codebooks(word, "--formats")}
+        elif colon and word.isdigit():
+            given = {"group_size": int(word)}
         elif colon:
             given = {"precision": resolved_precision(word, f"--formats {name}:") if isinstance(FORMATS[name], AxBxP) else word}
         try:
             found[_label(format)] = resolved_format(name, layers=targets, rotation=rotation, **given)
         except ValueError as error:
-            raise ValueError(f"--formats {format}: {error}") from error
+            told = str(error).replace("quantization.group_size=", f"{name}:")
+            raise ValueError(f"--formats {format}: {told}") from error
     return found
 
 
 def _check(formats: Sequence[str], relative_to: str | None) -> None:
     if relative_to is not None and relative_to not in formats[1:]:
         raise ValueError(f"--relative-to {relative_to}: there is no increase to compare with; use one of {', '.join(formats[1:])}")
-
-
-def _check_columns(quantization: QuantizationFormat, module: str, columns: int) -> None:
-    try:
-        quantization.check_columns(columns)
-    except ValueError as error:
-        raise ValueError(f"{module}: {error}".replace("quantization.ignore", "--ignore")) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,14 +6,21 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qurl.cli import perplexity_table
 from qurl.cli.progress import progress_bar
+from qurl.cli.tables import print_table
+from qurl.hardware import num_cores
 
-WIDTH = 200
+KEYS = (
+    "format", "quantization format", "baseline", "shape", "batch size", "matrix", "num tokens", "transport", "precision",
+    "num layers",
+)  # fmt: skip
+"""Columns that say what a row is of."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +73,12 @@ def main(args: argparse.Namespace) -> int:
     benchmarks = {"rollout": _rollout_rows, "kernels": _kernel_rows, "switch": _switch_rows, "sync": _sync_rows}
     benchmarks["install"] = _install_rows
     benchmarks["break-even"] = _break_even_rows
+    load = busy_load()
     rows = benchmarks[args.benchmark](options)
     _print(rows)
+    if load:
+        print(f"note: the machine was busy before the start (load {load:.1f} on {num_cores()} cores); times may be too long")
+        rows = [row | {"load_before": load, "num_cores": num_cores()} for row in rows]
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1))
     return 0
@@ -122,17 +133,15 @@ def _break_even_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(row) for row in run_break_even(**options)]
 
 
-def _print(rows: Sequence[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def busy_load() -> float | None:
+    """The load of the last minute where it is more than there are cores; None where the machine has room."""
+    load = os.getloadavg()[0]
+    return load if load > num_cores() else None
 
-    table = Table(box=box.SIMPLE, padding=(0, 1))
-    for column in rows[0]:
-        table.add_column(column.replace("_per_", "/").replace("_", " "), no_wrap=True)
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    Console(width=WIDTH).print(table)  # wider than a narrow terminal: cut numbers help nobody
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    columns = [column.replace("_per_", "/").replace("_", " ") for column in rows[0]]
+    print_table(columns, [[_cell(value) for value in row.values()] for row in rows], KEYS)
 
 
 def _cell(value: Any) -> str:

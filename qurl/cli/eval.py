@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", metavar="SETTING|FILE", help="of --format axbxp: e.g. k4-w1-a2, or what `qurl search` wrote")
     add("--codebooks", metavar="FILE", help="of --format lobcq, lobcq_int8 or lobcq_w4a16; default: the package's")
     add("--rotation", type=int, metavar="N", help="blocks of so many inputs are rotated, of --format lobcq, nvfp4, ...; default 0")
+    add("--group-size", type=int, metavar="N", help="inputs that share a scale, of --format int4 (128) and nf4 (64)")
     add("--samples", type=int, metavar="N", help="per problem")
     add("--k", type=int, nargs="+", metavar="K", help="of pass@k; default: the number of samples")
     add("--temperature", type=float, help="0: greedy")
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat-template-kwarg", dest="chat_template_kwargs", nargs="+", action="extend", metavar="NAME=VALUE",
         help="variables of the chat template, e.g. enable_thinking=false")
     add("--control-tokens", metavar="text|keep", help="what a control token is in a problem's own text; default text")
-    add("--out", metavar="DIR", help="default: evals/<model>-<format>, then -<precision> or a hash of the file, -rotation<N>")
+    add("--out", metavar="DIR", help="default: evals/<model>-<format>, then -<precision> or a hash, -rotation<N>, -group<N>")
     add("--engines", type=int, metavar="N")
     add("--tensor-parallel-size", type=int, metavar="N")
     add("--engine-arg", dest="engine_args", nargs="+", action="extend", metavar="NAME=VALUE", help="handed to vLLM")

@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet, or was begun by the same command")
     parser.add_argument("--format", required=True, help="int8, fp8, fp8_block, int4, nf4, mxfp4, nvfp4, lobcq, ...")
     parser.add_argument("--codebooks", metavar="FILE", help="of the formats of LO-BCQ; default: the package's")
+    group = "as quantization.group_size, of --format int4 (128) and nf4 (64)"
+    parser.add_argument("--group-size", type=int, default=0, metavar="N", help=group)
     parser.add_argument("--rotation", type=int, default=0, metavar="N", help="as quantization.rotation: 16, 32, 64, 128; default 0")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="modules to keep as they are; repeatable")
     parser.add_argument("--precision", metavar="SETTING|FILE", help="of --format axbxp: e.g. k4-w1-a2, or what `qurl search` wrote")
@@ -75,14 +77,17 @@ def main(args: argparse.Namespace) -> int:
     codebooks = resolved_codebooks(args.codebooks, "--codebooks")
     precision = resolved_precision(args.precision, "--precision")
     with _in_options(args):
-        resolved_format(args.format, codebooks=codebooks, precision=precision, rotation=args.rotation)
+        resolved_format(
+            args.format, codebooks=codebooks, precision=precision, rotation=args.rotation, group_size=args.group_size
+        )
     with only_writer(args.out), _in_options(args), _source(args.source, args.out) as source:
         text = Text(source, args.text, args.max_documents, args.context) if args.text else None
         calibration = _calibration_text(args, source)
         if args.per:
             codebooks = _found_codebooks(args, source)
         settings = QuantizeSettings(
-            format=args.format, ignore=tuple(args.ignore), codebooks=codebooks, precision=precision, rotation=args.rotation
+            format=args.format, ignore=tuple(args.ignore), codebooks=codebooks, precision=precision, rotation=args.rotation,
+            group_size=args.group_size,
         )
         with progress_bar("tensors") as show:
             report = quantize_folder(source, args.out, settings, show)
@@ -136,6 +141,12 @@ def _found_codebooks(args: argparse.Namespace, source: Path) -> Any:
     return find_sets(options, args.out.with_name(f"{args.out.name}.codebooks.jsonl")).content
 
 
+OPTIONS = {
+    "quantization.rotation=": "--rotation ", "quantization.group_size=": "--group-size ", "quantization=": "--format ",
+}  # fmt: skip
+"""Keys of the configuration in errors, and what this command calls them."""
+
+
 @contextmanager
 def _in_options(args: argparse.Namespace) -> Iterator[None]:
     """A ValueError from inside leaves with options of this command in the place of keys of the configuration."""
@@ -145,7 +156,7 @@ def _in_options(args: argparse.Namespace) -> Iterator[None]:
         yield
     except ValueError as error:
         message = str(error)
-        for key, option in (words | {"quantization.rotation=": "--rotation ", "quantization=": "--format "}).items():
+        for key, option in (words | OPTIONS).items():
             message = message.replace(key, option)
         raise ConfigError(message) from error
 

@@ -34,6 +34,9 @@ class QuantizationConfig:
     rotation: int = 0
     """Of the formats whose scales belong to groups of inputs: inputs of a block that a Hadamard matrix mixes in weights and
     activations before they are encoded, 16, 32, 64 or 128. 0: none."""
+    group_size: int = 0
+    """Of format=int4 and nf4: inputs that share a scale, a multiple of 8 that divides those of every layer. 0: the format's own,
+    128 and 64."""
     update_awareness: UpdateAwareness = UpdateAwareness.none
     invariant_scale: float = 1.5  # s; only read with update_awareness=invariant_scaling
 

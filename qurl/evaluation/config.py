@@ -26,6 +26,7 @@ class EvalConfig:
     precision: Any = None  # as quantization.precision
     codebooks: Any = None  # as quantization.codebooks
     rotation: int = 0  # as quantization.rotation
+    group_size: int = 0  # as quantization.group_size
     samples: int = 1  # per problem
     k: list[int] = field(default_factory=list)  # of pass@k; empty: the number of samples
     temperature: float = 0.0  # 0: greedy

@@ -75,7 +75,10 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
     first, with ValueError."""
     if config.format not in FORMATS:
         raise ConfigError(f"--format {config.format} is unknown; use one of {', '.join(FORMATS)}")
-    resolved_format(config.format, codebooks=config.codebooks, precision=config.precision, rotation=config.rotation)
+    resolved_format(
+        config.format, codebooks=config.codebooks, precision=config.precision, rotation=config.rotation,
+        group_size=config.group_size,
+    )
     for name in config.benchmarks:
         resolve(REWARDS, reward_config(config, name).function, "--reward")
     place_engines(config, len(hardware.gpus()), hardware.num_cores())
@@ -100,13 +103,15 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
 
 
 def output_folder(config: EvalConfig) -> Path:
-    """--out, or evals/<model>-<format>, then -<precision> or the start of the hash of what a file says, and -rotation<N>."""
+    """--out, or evals/<model>-<format>, then -<precision> or the start of the hash of what a file says, -rotation<N> and
+    -group<N>."""
     words = [Path(config.model).name, config.format]
     if config.precision:
         by_layer = hashlib.sha256(json.dumps(config.precision).encode()).hexdigest()[:12]
         words.append(config.precision if isinstance(config.precision, str) else by_layer)
     words += [config.codebooks["sha256"][:12]] if config.codebooks else []
     words += [f"rotation{config.rotation}"] if config.rotation else []
+    words += [f"group{config.group_size}"] if config.group_size else []
     return Path(config.out or f"evals/{'-'.join(words)}").expanduser()
 
 

@@ -35,6 +35,7 @@ def parts_config(config: EvalConfig) -> TrainConfig:
         quantization=QuantizationConfig(
             format=config.format, ignore=config.ignore, precision=config.precision, codebooks=config.codebooks,
             rotation=config.rotation,
+            group_size=config.group_size,
         ),
         rollout=RolloutConfig(
             num_engines=config.engines, tensor_parallel_size=config.tensor_parallel_size, engine_args=config.engine_args,

@@ -25,6 +25,7 @@ OPTIONS = {
     "quantization.ignore": "--ignore",
     "quantization.precision": "--precision",
     "quantization.rotation=": "--rotation ",
+    "quantization.group_size=": "--group-size ",
     "quantization=": "--format ",
     "reward.function": "--reward",
     "rollout.engine_args.": "--engine-arg ",

@@ -358,7 +358,7 @@ def _targets(model: nn.Module, quantization: QuantizationConfig) -> frozenset[st
 def _format(quantization: QuantizationConfig, targets: frozenset[str]) -> QuantizationFormat:
     return resolved_format(
         quantization.format, codebooks=quantization.codebooks, precision=quantization.precision, rotation=quantization.rotation,
-        layers=sorted(targets),
+        group_size=quantization.group_size, layers=sorted(targets),
     )
 
 

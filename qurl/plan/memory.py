@@ -15,7 +15,7 @@ from qurl.config.run import TrainConfig
 from qurl.learner.deepspeed_config import deepspeed_config, offload_device
 from qurl.learner.scored_head import LOGIT_BYTES
 from qurl.plan.model_facts import ModelFacts
-from qurl.quantization import resolved_format
+from qurl.quantization import QuantizationFormat, resolved_format
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP
 from qurl.quantization.grouped import GroupedFormat
 from qurl.quantization.lobcq import LoBcq
@@ -118,10 +118,16 @@ class EngineMemory:
         return self.kv_per_sequence * self.num_sequences
 
 
+def _quantization(config: TrainConfig) -> QuantizationFormat:
+    """The format, as far as sizes depend on it."""
+    given = config.quantization
+    return resolved_format(given.format, codebooks=given.codebooks, group_size=given.group_size)
+
+
 def wire_bytes(config: TrainConfig, model: ModelFacts, targets: frozenset[str]) -> int:
     """Bytes of one full weight update."""
     plain = DTYPE_BYTES[config.rollout.asked_dtype]
-    bits_per_weight = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks).bits_per_weight
+    bits_per_weight = _quantization(config).bits_per_weight
     total = 0.0
     for name, shape in model.parameters.items():
         quantized = name.removesuffix(".weight") in targets
@@ -139,7 +145,7 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
         quantized = engine_weight_bytes(ordinary, model, targets, device)
         return max(quantized, wire_bytes(config, model, frozenset()))
     on_wire = wire_bytes(config, model, targets)
-    quantization = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks)
+    quantization = _quantization(config)
     shapes = [shape for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets]
     if isinstance(quantization, PackedAxBxP) and device != "cpu":
         return wire_bytes(replace(config, quantization=replace(config.quantization, format="int8", precision=None)), model, targets)
@@ -153,7 +159,7 @@ def engine_weight_bytes(config: TrainConfig, model: ModelFacts, targets: frozens
 def holds_decoded(config: TrainConfig) -> bool:
     """Whether the engine multiplies decoded float32 weights: formats of 4 bits that no kernel is written for. Not foreseen: LO-BCQ
     on a CPU without a compiler, where qurl doctor fails."""
-    quantization = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks)
+    quantization = _quantization(config)
     return isinstance(quantization, GroupedFormat) and not isinstance(quantization, LoBcq)
 
 
@@ -210,7 +216,7 @@ def _kept_codes(config: TrainConfig, model: ModelFacts, targets: frozenset[str],
     """What sync.track_changes keeps on a rank: the codes of one matrix in so many, of the rank's share."""
     if not config.sync.track_changes:
         return 0
-    codes = resolved_format(config.quantization.format, codebooks=config.quantization.codebooks).bits_per_weight
+    codes = _quantization(config).bits_per_weight
     shapes = [shape for name, shape in model.parameters.items() if name.removesuffix(".weight") in targets]
     total = sum(math.prod(shape) * codes(shape) / 8 for shape in shapes)
     return math.ceil(total / config.learner.num_ranks / interval_on(device, config.sync.track_changes_interval))

@@ -40,7 +40,8 @@ def check_names(config: TrainConfig) -> None:
         able = ", ".join(name for name, quantization in FORMATS.items() if quantization.rounds_stochastically)
         raise ConfigError(f"quantization.update_awareness=stochastic_rounding is not possible with {name}; use quantization={able}")
     given = config.quantization
-    resolved_format(name, codebooks=given.codebooks, precision=given.precision, rotation=given.rotation)
+    resolved_format(name, codebooks=given.codebooks, precision=given.precision, rotation=given.rotation,
+                    group_size=given.group_size)  # fmt: skip
     deepspeed_config(config.learner, 1)
     check_engine_args(config.rollout.engine_args)
     if config.learner.deepspeed:
@@ -138,7 +139,7 @@ def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
     quantization = config.quantization
     format = resolved_format(
         quantization.format, codebooks=quantization.codebooks, precision=quantization.precision, rotation=quantization.rotation,
-        layers=sorted(targets),
+        group_size=quantization.group_size, layers=sorted(targets),
     )
     for name in sorted(targets):
         try:

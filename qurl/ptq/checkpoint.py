@@ -44,11 +44,13 @@ class QuantizeSettings:
     codebooks: Mapping[str, Any] | None = None  # the content of a file of quantization.codebooks; None: the package's
     precision: str | Mapping[str, str] | None = None  # as quantization.precision, of format axbxp
     rotation: int = 0  # as quantization.rotation
+    group_size: int = 0  # as quantization.group_size
 
     def quantization(self, targets: Collection[str]) -> QuantizationFormat:
         """The format, with the precision of each of the modules to quantize. Raises ValueError as resolved_format does."""
         return resolved_format(
-            self.format, codebooks=self.codebooks, precision=self.precision, rotation=self.rotation, layers=targets
+            self.format, codebooks=self.codebooks, precision=self.precision, rotation=self.rotation, group_size=self.group_size,
+            layers=targets,
         )
 
 
@@ -90,6 +92,7 @@ def quantize_folder(
         quantization = settings.quantization(sorted(targets))
         wanted: dict[str, Any] = {"format": settings.format, "ignore": list(settings.ignore), "precision": settings.precision}
         wanted |= {"rotation": settings.rotation, "source": folder_digest(source), "version": CHECKPOINT_VERSION}
+        wanted |= {"group_size": settings.group_size} if settings.group_size else {}
         wanted |= {} if quantization.codebooks_sha256 is None else {"codebooks": quantization.codebooks_sha256}
         if _is_begun(out, wanted):
             if not (out / UNFINISHED).exists():
@@ -191,7 +194,7 @@ def _finish(
 def _config_entry(settings: QuantizeSettings) -> dict[str, Any]:
     return quantization_config(
         settings.format, settings.ignore, encoded=True, codebooks=settings.codebooks, precision=settings.precision,
-        rotation=settings.rotation,
+        rotation=settings.rotation, group_size=settings.group_size,
     )
 
 

@@ -10,6 +10,7 @@ from qurl.quantization.error_report import ErrorReport, MatrixError, error_repor
 from qurl.quantization.export import export_checkpoint
 from qurl.quantization.fp8 import Fp8
 from qurl.quantization.fp8_block import Fp8Block
+from qurl.quantization.group_size import with_group_size
 from qurl.quantization.int4 import Int4
 from qurl.quantization.int8 import Int8
 from qurl.quantization.invariant_scaling import fold_invariant_scaling, scaled_linear_weights
@@ -50,16 +51,17 @@ def resolved_format(
     *,
     codebooks: Any = None,
     rotation: int = 0,
+    group_size: int = 0,
     precision: str | Mapping[str, str] | None = None,
     layers: Collection[str] | None = None,
 ) -> QuantizationFormat:
-    """The format that `quantization.format`, `quantization.codebooks`, `quantization.rotation` and `quantization.precision` name.
+    """The format that `quantization.format`, `codebooks`, `rotation`, `group_size` and `precision` name.
 
     layers: its quantized modules; None where they are not known yet, and what names layers is only read. Raises ValueError for an
-    unknown name, as with_codebooks, with_rotation and with_precision do, and as the format's check_layers."""
+    unknown name, as with_codebooks, with_group_size, with_rotation and with_precision do, and as the format's check_layers."""
     if name not in FORMATS:
         raise ValueError(f"quantization.format={name!r} is unknown; use one of {', '.join(sorted(FORMATS))}")
-    format = with_rotation(with_codebooks(FORMATS[name], codebooks), rotation)
+    format = with_rotation(with_group_size(with_codebooks(FORMATS[name], codebooks), group_size), rotation)
     if layers is None:
         check_precision(format, precision)
         return format

@@ -36,6 +36,8 @@ class QuantizationFormat(ABC):
     """Rows and columns that share a scale, where it is not that of a whole row."""
     rotation: int = 0
     """Inputs of a block that is rotated, see qurl.quantization.rotation; 0: none."""
+    group_size: int = 0
+    """Inputs of a group where they are not the format's own number, see qurl.quantization.group_size; 0: its own."""
     has_whole_blocks: ClassVar[bool] = False
     """Whether I must be a multiple of block[1]; else the last block of a row may be shorter."""
     matrix_tensors: ClassVar[frozenset[str]] = frozenset()
@@ -74,8 +76,9 @@ class QuantizationFormat(ABC):
 
     @property
     def key(self) -> str:
-        """The name, the codebooks and the rotation: the same key is the same arithmetic, in every process."""
+        """The name, the codebooks, the group size and the rotation: the same key is the same arithmetic, in every process."""
         name = self.name if self.codebooks_sha256 is None else f"{self.name}:{self.codebooks_sha256}"
+        name = f"{name}:{self.group_size}" if self.group_size else name
         return f"{name}@{self.rotation}" if self.rotation else name
 
     @property

@@ -8,6 +8,7 @@ With a rotation, codes are those of rotated weights and activations, on the wire
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -27,8 +28,8 @@ class GroupedFormat(QuantizationFormat):
 
     @property
     def column_multiple(self) -> int:
-        """Whole groups and whole blocks of the rotation: the longer of the two, powers of two."""
-        return max(super().column_multiple, self.rotation)
+        """Whole groups and whole blocks of the rotation."""
+        return math.lcm(super().column_multiple, self.rotation or 1)
 
     def check_columns(self, columns: int) -> None:
         """Raises ValueError where a weight with so many columns has no whole number of groups or of rotated blocks."""

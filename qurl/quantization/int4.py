@@ -1,4 +1,5 @@
-"""INT4 W4A16: symmetric, a bfloat16 scale for 128 inputs of a row; activations stay as they are.
+"""INT4 W4A16: symmetric, a bfloat16 scale for 128 inputs of a row (quantization.group_size: another number); activations stay as
+they are.
 
 Codes round(w / scale), ties to even, in [-7, 7], as in int8. The scale is amax/7 rounded up to bfloat16, so none is beyond 7."""
 
@@ -21,11 +22,12 @@ OFFSET = 8
 
 
 class Int4(GroupedFormat):
-    """weight uint8 [O, I/2], two codes + 8 a byte; weight_scale bfloat16 [O, I/128]."""
+    """weight uint8 [O, I/2], two codes + 8 a byte; weight_scale bfloat16 [O, I/128], or another group size."""
 
     name = "int4"
     block = (1, GROUP)
     keeps_activations = True
+    shorter_blocks = "set quantization.group_size=32 or another divisor, "
     rounds_stochastically = True
     scheme = {
         "format": "pack-quantized",
@@ -33,7 +35,7 @@ class Int4(GroupedFormat):
     }
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """Codes and scales per group; ValueError for NaN, Inf or a number of inputs that is no multiple of 128."""
+        """Codes and scales per group; ValueError for NaN, Inf or a number of inputs that is no multiple of the group."""
         scaled, scale = self._scaled(weight)
         return _wire(scaled.round_().to(torch.int8), scale)
 
@@ -54,7 +56,7 @@ class Int4(GroupedFormat):
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """4 and a bfloat16 per group."""
-        return 4.0 + 16.0 / GROUP
+        return 4.0 + 16.0 / self.block[1]
 
     def checkpoint_tensors(self, wire: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Eight codes an int32, which has the same bytes, and the shape of the weight."""
@@ -64,5 +66,5 @@ class Int4(GroupedFormat):
 
 
 def _wire(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """From int8 codes [O, groups, 128]."""
+    """From int8 codes [O, groups, group]."""
     return {"weight": pack((codes + OFFSET).to(torch.uint8).flatten(-2)), "weight_scale": scale}

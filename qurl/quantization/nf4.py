@@ -1,4 +1,5 @@
-"""NF4 W4A16: sixteen quantiles of a normal distribution, a bfloat16 scale for 64 inputs of a row; activations stay as they are.
+"""NF4 W4A16: sixteen quantiles of a normal distribution, a bfloat16 scale for 64 inputs of a row
+(quantization.group_size: another number); activations stay as they are.
 
 Dettmers et al. 2023 (QLoRA, arXiv:2305.14314) section 3, whose implementation the numbers are from; there scales are float32 and
 groups run over the flattened weight, which is the same where I is a multiple of 64. The scale is amax rounded up to bfloat16."""
@@ -25,15 +26,16 @@ _NUMBERS = torch.tensor(NUMBERS)
 
 
 class Nf4(GroupedFormat):
-    """weight uint8 [O, I/2], two codes a byte; weight_scale bfloat16 [O, I/64]."""
+    """weight uint8 [O, I/2], two codes a byte; weight_scale bfloat16 [O, I/64], or another group size."""
 
     name = "nf4"
     block = (1, GROUP)
     keeps_activations = True
+    shorter_blocks = "set quantization.group_size=32 or another divisor, "
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         """The nearest numbers, of two equally near the smaller; ValueError for NaN, Inf or a number of inputs that is no multiple
-        of 64."""
+        of the group."""
         groups = self.weight_groups(weight)
         scale = bfloat16_not_below(scale_to(groups.abs().amax(dim=-1), 1.0))
         middles = ((_NUMBERS[:-1] + _NUMBERS[1:]) / 2).to(groups.device)
@@ -47,4 +49,4 @@ class Nf4(GroupedFormat):
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
         """4 and a bfloat16 per group."""
-        return 4.0 + 16.0 / GROUP
+        return 4.0 + 16.0 / self.block[1]

@@ -64,7 +64,8 @@ def build_engine(
     if not torch.cuda.is_available():
         defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES}
     controlled = plugin_engine_args(
-        quantization.format, quantization.ignore, quantization.precision, quantization.codebooks, quantization.rotation
+        quantization.format, quantization.ignore, quantization.precision, quantization.codebooks, quantization.rotation,
+        quantization.group_size,
     )
     if model.max_position_embeddings is not None:
         controlled["hf_overrides"]["max_position_embeddings"] = model.max_position_embeddings

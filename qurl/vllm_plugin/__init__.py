@@ -22,6 +22,9 @@ CHECKPOINT_VERSION = 1
 ROTATED_VERSION = 2
 """Of those with a rotation: who knows none would multiply rotated weights with activations that are not."""
 
+GROUPED_VERSION = 3
+"""Of those with a group size that is not the format's own."""
+
 
 def register() -> None:
     """Make the quantization method, the norm and the weight-transfer engine known to this process; more calls change nothing."""
@@ -42,15 +45,16 @@ def engine_args(
     precision: str | Mapping[str, str] | None = None,
     codebooks: Mapping[str, Any] | None = None,
     rotation: int = 0,
+    group_size: int = 0,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's LLM or EngineArgs: an engine that holds `format` and accepts qurl's weight stream.
 
-    format: key of qurl.quantization.FORMATS. ignore, precision, rotation: as in the group quantization. codebooks: the content of a
-    file of quantization.codebooks. The model may be an ordinary checkpoint, which is encoded while it loads. A pattern that matches
-    nothing raises ValueError when the engine starts. Raises ValueError as qurl.quantization.resolved_format does."""
+    format: key of qurl.quantization.FORMATS. ignore, precision, rotation, group_size: as in the group quantization. codebooks: the
+    content of a file of quantization.codebooks. The model may be an ordinary checkpoint, which is encoded while it loads. A pattern
+    that matches nothing raises ValueError when the engine starts. Raises ValueError as qurl.quantization.resolved_format does."""
     import torch
 
-    config = quantization_config(format, ignore, precision=precision, codebooks=codebooks, rotation=rotation)
+    config = quantization_config(format, ignore, precision=precision, codebooks=codebooks, rotation=rotation, group_size=group_size)
     arguments = {
         "quantization": NAME,
         "hf_overrides": {"quantization_config": config},
@@ -67,6 +71,7 @@ def quantization_config(
     precision: str | Mapping[str, str] | None = None,
     codebooks: Mapping[str, Any] | None = None,
     rotation: int = 0,
+    group_size: int = 0,
 ) -> dict[str, Any]:
     """The `quantization_config` entry of config.json that selects this plugin.
 
@@ -76,12 +81,14 @@ def quantization_config(
     ValueError as qurl.quantization.resolved_format does."""
     from qurl.quantization import resolved_format
 
-    found = resolved_format(format, codebooks=codebooks, precision=precision, rotation=rotation)
+    found = resolved_format(format, codebooks=codebooks, precision=precision, rotation=rotation, group_size=group_size)
     config: dict[str, Any] = {"quant_method": NAME, "format": format, "ignore": list(ignore), "encoded": encoded}
     if precision is not None:
         config["precision"] = precision if isinstance(precision, str) else dict(precision)
     if rotation:
         config["rotation"] = rotation
+    if group_size:
+        config["group_size"] = group_size
     config |= _own_codebooks(found)
     return config | _encoding(found) if encoded else config
 
@@ -93,7 +100,8 @@ def format_of(config: Mapping[str, Any]) -> QuantizationFormat:
     codebooks = config.get("codebooks")
     own = None if isinstance(codebooks, str) else codebooks  # a hash is one of the package's
     format = resolved_format(
-        str(config.get("format")), codebooks=own, precision=config.get("precision"), rotation=config.get("rotation", 0)
+        str(config.get("format")), codebooks=own, precision=config.get("precision"), rotation=config.get("rotation", 0),
+        group_size=config.get("group_size", 0),
     )
     if config.get("encoded", False):
         check_encoding(config, format)
@@ -114,6 +122,7 @@ def check_encoding(config: Mapping[str, Any], format: QuantizationFormat) -> Non
 def _encoding(format: QuantizationFormat) -> dict[str, Any]:
     sha256 = format.codebooks_sha256
     version = ROTATED_VERSION if format.rotation else CHECKPOINT_VERSION
+    version = GROUPED_VERSION if format.group_size else version
     return {"version": version} | ({} if sha256 is None else {"codebooks": sha256}) | _own_codebooks(format)
 
 

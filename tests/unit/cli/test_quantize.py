@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qurl.cli.main import main
 from qurl.data.documents import load_documents
 from qurl.quantization.lobcq.codebook_sets import codebook_sets_of
+from qurl.vllm_plugin import format_of
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,63 @@ def test_both_commands_measure_the_same_and_a_second_call_changes_nothing(worksp
     journal = workspace / "table" / "both" / "lobcq.jsonl"
     before = journal.stat().st_mtime_ns
     assert main(bench) == 0 and journal.stat().st_mtime_ns == before
+
+
+def bench(*formats, out):
+    return ["bench", "perplexity", "tiny", "--text", "text.jsonl", "--max-documents", "3", "--out", out, "--formats", *formats]
+
+
+def test_formats_that_do_not_fit_are_left_out_and_each_other_one_is_shown_as_it_ends(workspace, capsys):
+    assert main(bench("int4:96", "int4:32", "nf4:32@16", out="some")) == 0
+    told = capsys.readouterr()
+    assert "int4:96: left out: model.layers.0.mlp.down_proj" not in told.err  # 384 inputs: 96 divides them
+    left_out = "int4:96: left out: model.layers.0.mlp.gate_proj: quantization=int4 needs a multiple of 96 input features, not 128;"
+    assert left_out in told.err and "use int4:32 or another divisor" in told.err
+    lines = [line for line in told.err.splitlines() if "bits, perplexity" in line]
+    assert [line.rpartition(": ")[0] for line in lines] == ["none", "int4:32", "nf4:32@16"]
+    rows = json.loads((workspace / "some" / "both.json").read_text())
+    assert [(row["format"], row["bits_per_weight"]) for row in rows] == [("none", 16.0), ("int4:32", 4.5), ("nf4:32@16", 4.5)]
+    assert main(bench("int4:96", out="none-of-them")) == 2
+    assert "model.layers.0.mlp.gate_proj: quantization=int4 needs" in capsys.readouterr().err
+    assert main(bench("int8:64", out="none-of-them")) == 2
+    assert "--formats int8:64: int8:64 is for int4 and nf4" in capsys.readouterr().err
+
+
+def test_a_killed_benchmark_prints_the_formats_that_it_finished(workspace, monkeypatch, capsys):
+    from qurl.ptq.evaluation import Text
+
+    losses = Text.losses
+
+    def killed_in_nvfp4(self, path, *args, **kwargs):
+        if path.stem == "nvfp4":
+            signal.raise_signal(signal.SIGTERM)
+        return losses(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Text, "losses", killed_in_nvfp4)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(bench("int8", "nvfp4", "mxfp4", out="killed")) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    table = capsys.readouterr().out
+    assert "3 documents" in table and "none" in table and "int8" in table and "mxfp4" not in table
+    assert [row["format"] for row in json.loads((workspace / "killed" / "both.json").read_text())] == ["none", "int8"]
+
+
+def test_a_group_size_is_written_and_read_back(workspace, capsys):
+    assert main(["quantize", "tiny", "grouped", "--format", "int4", "--group-size", "32"]) == 0
+    assert "bits per weight: 4.50" in capsys.readouterr().out
+    config = json.loads((workspace / "grouped" / "config.json").read_text())["quantization_config"]
+    assert (config["group_size"], config["version"]) == (32, 3)
+    assert format_of(config).block == (1, 32)
+    assert main(["quantize", "tiny", "x", "--format", "int4", "--group-size", "48"]) == 2
+    told = capsys.readouterr().err
+    assert "multiple of 48" in told and "--group-size" in told
+    assert main(["quantize", "tiny", "x", "--format", "int4", "--group-size", "12"]) == 2
+    assert "--group-size 12 is no multiple of 8" in capsys.readouterr().err
+    assert main(["export", "tiny", "exported", "--format", "int4", "--group-size", "64"]) == 0
+    exported = json.loads((workspace / "exported" / "config.json").read_text())["quantization_config"]
+    assert exported["config_groups"]["group_0"]["weights"]["group_size"] == 64
+    assert main(["export", "tiny", "x", "--format", "int8", "--group-size", "64"]) == 2
+    assert "--group-size 64 is for int4 and nf4" in capsys.readouterr().err
 
 
 def test_outputs_are_measured_on_calibration_data(workspace, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qurl.quantization import FORMATS
+from qurl.quantization import FORMATS, resolved_format
 from qurl.quantization.two_level import SMALLEST_E4M3, e4m3_scales
 
 compressed_tensors = pytest.importorskip("compressed_tensors.quantization")
@@ -81,6 +81,22 @@ def test_packed_codes_equal_those_of_compressed_tensors_for_the_same_scales(name
     if name != "int4":  # there the library wants more than the tensors
         decoded = compressor.decompress(theirs, scheme)["weight"].float()  # bfloat16
         assert torch.allclose(decoded, FORMATS[name].decode(wire), rtol=0 if name == "mxfp4" else 2**-7, atol=0)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 96, 192])
+def test_int4_with_a_group_size_equals_compressed_tensors(group_size):
+    """SmolLM2 has 576 inputs, of which 128 is no divisor."""
+    format = resolved_format("int4", group_size=group_size)
+    wire = format.encode(torch.randn((64, 576), generator=torch.Generator().manual_seed(0)))
+    weight = torch.randn((64, 576), generator=torch.Generator().manual_seed(0))
+    group = format.compressed_tensors_config([])["config_groups"]["group_0"]
+    assert group["weights"]["group_size"] == group_size
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**group["weights"]), format=group["format"])
+    compressor = BaseCompressor.get_value_from_registry(group["format"])
+    theirs = compressor.compress({"weight": weight, "weight_scale": wire["weight_scale"].float()}, scheme)
+    ours = format.checkpoint_tensors(wire)
+    assert torch.equal(theirs["weight_packed"], ours["weight_packed"]) and torch.equal(theirs["weight_shape"], ours["weight_shape"])
+    assert wire["weight_scale"].shape == (64, 576 // group_size)
 
 
 def test_nvfp4_scales_are_those_of_the_library():
