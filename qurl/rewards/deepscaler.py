@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qurl.rewards.answers import accepted_answers, boxed_answer, last_boxed
+from qurl.rewards.answers import accepted_answers, last_boxed
+from qurl.rewards.ballots import ballot
 from qurl.rewards.equality import equals_any
 
 THOUGHT_END = "</think>"
@@ -15,7 +16,8 @@ def deepscaler(response: str, ground_truth: str, **extra: Any) -> float:
 
     Nothing before the end of the thought counts, and a response that never ends its thought is wrong. Ground truths are those of
     the reward "math"; ValueError for an empty one. Rules of rllm's RewardMathFn as used for DeepScaleR (agentica-project/rllm),
-    with two differences: equality is math-verify's in place of mathd's and SymPy's, and a second "</think>" ends nothing."""
+    with two differences: equality is that of the reward "math" and not mathd's and SymPy's, and a second "</think>" ends
+    nothing."""
     truths = accepted_answers(ground_truth)
     _, _, solution = response.partition(THOUGHT_END)
     answer = last_boxed(solution)
@@ -23,5 +25,5 @@ def deepscaler(response: str, ground_truth: str, **extra: Any) -> float:
 
 
 def vote(response: str) -> str | None:
-    """The normalized content of the box that is scored."""
-    return boxed_answer(response.partition(THOUGHT_END)[2])
+    """The content of the box that is scored, in one form for equal answers."""
+    return ballot(last_boxed(response.partition(THOUGHT_END)[2]))

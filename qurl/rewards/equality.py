@@ -1,24 +1,26 @@
-"""Equality of mathematical answers, by math-verify (parsing LaTeX to SymPy, then numeric and symbolic equality).
+"""Equality of mathematical answers: `qurl.rewards.mathematics`, and math-verify (parsing LaTeX to SymPy) for what it does not know.
 
-math-verify is generous where a policy could learn to profit from it, so three things must hold before its word counts: the base of
-a number ("1011_2" is not "1011_3"; a missing base is as good as a missing unit), the order of a tuple or interval ("3,2" is not
-"(2,3)"), and the size of a tiny number (it rounds to six decimals, so 2^{-98} would be 0).
-
-Its own time limits are signals, which work in a main thread only and cannot interrupt C code. They are switched off here: a call
-may take any time, and the reward pool kills it."""
+Effort is bounded. Our reader takes milliseconds; math-verify gets MAX_CPU_S, and is not asked where numbers could explode inside C
+code, which no limit reaches. An answer that cannot be compared within that is wrong."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from qurl.rewards.answers import normalize_latex
+from qurl.rewards.limit import Budget, OutOfTime
+from qurl.rewards.mathematics.compare import Unknown, same
+from qurl.rewards.mathematics.expressions import Unreadable
+from qurl.rewards.mathematics.latex import canonical
+from qurl.rewards.mathematics.shapes import Items, Matrix, Opaque, Relation, Shape, read
 
 MAX_ANSWER_CHARACTERS = 2000  # what is longer is compared as text only; the longest answer of MATH has about 160
-SMALL = 1e-3  # numbers below it are compared relatively, with this tolerance
-SCIENTIFIC = re.compile(r"([-+]?[0-9]+(?:\.[0-9]+)?)[eE]([-+]?[0-9]{1,3})")  # 4.5e33, which math-verify takes for a product with e
-BASED = re.compile(r"(-?[0-9A-Z]+)_\{?([0-9]+)\}?")  # digits and base
+MAX_CPU_S = 1.0  # that an answer may cost
+EXPLOSIVE = re.compile(r"\d{6}|\^\s*\{[^{}]*\^|\^\s*\{?\s*\d{5}|\d{4}\s*!|!\s*!|\*\*[^*]*\*\*|binom.*\d{4}")
+MAX_NESTING = 40
 
 
 def equals_any(answer: str, truths: Sequence[str]) -> bool:
@@ -28,51 +30,75 @@ def equals_any(answer: str, truths: Sequence[str]) -> bool:
         return True
     if not text or len(answer) > MAX_ANSWER_CHARACTERS:
         return False
-    possible = [truth for truth in truths if _may_equal(text, normalize_latex(truth))]
-    return bool(possible) and _equals_any(_parse_box(answer), possible)
+    budget = Budget(MAX_CPU_S)
+    try:
+        return any(_equals(answer, truth, budget) for truth in truths if len(truth) <= MAX_ANSWER_CHARACTERS)
+    except (OutOfTime, RecursionError, MemoryError):
+        return False
 
 
-def found_equals_any(text: str, truths: Sequence[str]) -> bool:
-    """Whether the final answer that math-verify finds in `text` equals one of `truths` as mathematics."""
-    from math_verify import parse
+def _equals(answer: str, truth: str, budget: Budget) -> bool:
+    try:
+        with budget.limit():
+            wanted, given = canonical(truth), canonical(answer)
+            if not given or wanted.replace(" ", "") == given.replace(" ", ""):
+                return bool(given)
+            return same(_shape(wanted, False), _shape(given, not re.search(r"\d\s+[a-zA-Z]", wanted)))
+    except Unreadable:
+        return False
+    except Unknown:
+        import math_verify  # noqa: F401  (outside of the limit: half an import would spoil every later one)
 
-    return _equals_any(parse(text, parsing_timeout=None), truths)
+        with budget.limit():
+            return _math_verify_equals(wanted, given)
 
 
-def _equals_any(found: list[Any], truths: Sequence[str]) -> bool:
-    """found: what math-verify parsed."""
+@lru_cache(maxsize=256)
+def _shape(text: str, letters: bool) -> Shape:
+    return read(text, letters)
+
+
+def _math_verify_equals(truth: str, answer: str) -> bool:
+    """Ask math-verify about sums, integrals and other notation that our reader does not know."""
+    if EXPLOSIVE.search(truth) or EXPLOSIVE.search(answer) or max(answer.count("("), answer.count("{")) > MAX_NESTING:
+        return False
     from math_verify import verify
 
-    parsed = map(_parse_box, truths)
-    return any(verify(truth, found, timeout_seconds=None) and _is_as_small(truth, found) for truth in parsed)
+    gold, found = _parse_box(truth), _parse_box(answer)
+    if not gold or not found or any(isinstance(parsed[0], str) for parsed in (gold, found)):
+        return False  # what neither reads is compared as text above
+    return bool(verify(gold, found, timeout_seconds=None))
 
 
 def _parse_box(answer: str) -> list[Any]:
-    """What math-verify reads in a box with this content. LaTeX as a whole or only its text: by default math-verify goes on to look
-    for any number in what it cannot read."""
-    from math_verify import LatexExtractionConfig, parse
+    """What math-verify reads in a box with this content; case is kept, units are not dropped, and a number in what is no
+    mathematics counts for nothing."""
+    from latex2sympy2_extended import NormalizationConfig
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 
-    number = SCIENTIFIC.fullmatch(answer.strip())
-    content = rf"{number[1]} \times 10^{{{int(number[2])}}}" if number else answer
-    return parse(f"\\boxed{{{content}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
-
-
-def _may_equal(answer: str, truth: str) -> bool:
-    """Normalized texts; False where base or order differ, whatever they hold."""
-    wanted, given = BASED.fullmatch(truth), BASED.fullmatch(answer)
-    if wanted and given:
-        return wanted.groups() == given.groups()
-    is_ordered = truth[:1] in ("(", "[") and truth[-1:] in (")", "]") and "," in truth
-    return not is_ordered or answer[-1:] in (")", "]")
-
-
-def _is_as_small(truth: Sequence[Any], found: Sequence[Any]) -> bool:
-    """What math-verify parsed; False for two numbers of which one is small and the other is not near it, relative to its size."""
-    if not (truth and found and all(getattr(parsed[0], "is_number", False) for parsed in (truth, found))):
-        return True
     try:
-        first, second = complex(truth[0]), complex(found[0])
-    except (TypeError, ValueError, OverflowError):  # no complex number: nan, zoo, beyond floating point
-        return True
-    size = max(abs(first), abs(second))
-    return size >= SMALL or abs(first - second) <= SMALL * size
+        text = normalize_latex(answer, NormalizationConfig(malformed_operators=True, boxed="none"))
+        config = ConversionConfig(lowercase_symbols=False)
+        return [latex2sympy(text, is_real=True, normalization_config=None, conversion_config=config)]
+    except Exception:  # trust boundary: the parser raises whatever it likes at text that a policy wrote
+        return []
+
+
+def shape_of(text: str) -> Shape | None:
+    """Return the shape of an answer, None where it cannot be read or holds a part that our reader does not know."""
+    try:
+        shape = _shape(canonical(text), False)
+    except (Unreadable, RecursionError):
+        return None
+    return None if _is_opaque(shape) else shape
+
+
+def _is_opaque(shape: Shape) -> bool:
+    parts: tuple[Shape, ...] = ()
+    if isinstance(shape, Items):
+        parts = shape.items
+    elif isinstance(shape, Relation):
+        parts = shape.sides
+    elif isinstance(shape, Matrix):
+        parts = tuple(entry for row in shape.rows for entry in row)
+    return isinstance(shape, Opaque) or any(map(_is_opaque, parts))

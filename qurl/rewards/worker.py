@@ -57,7 +57,7 @@ def _load(config: RewardConfig) -> Score:
     is_builtin = config.function in REWARDS
     score = bind(function, config, is_builtin)
     if is_builtin:  # the first call loads libraries; not at the expense of a response's time limit
-        function(response="</think>\\boxed{x-x+\\frac{4}{2}}", ground_truth="2")
+        function(response="</think>\\boxed{\\sum_{k=1}^{2} k-1}", ground_truth="2")
     return score
 
 
