@@ -15,7 +15,7 @@ from qurl.rewards.limit import Budget, OutOfTime
 from qurl.rewards.mathematics.compare import Unknown, same
 from qurl.rewards.mathematics.expressions import Unreadable
 from qurl.rewards.mathematics.latex import canonical
-from qurl.rewards.mathematics.shapes import Items, Matrix, Opaque, Relation, Shape, read
+from qurl.rewards.mathematics.shapes import Items, Matrix, Opaque, Relation, Shape, nesting, read
 
 MAX_ANSWER_CHARACTERS = 2000  # what is longer is compared as text only; the longest answer of MATH has about 160
 MAX_CPU_S = 1.0  # that an answer may cost
@@ -55,12 +55,14 @@ def _equals(answer: str, truth: str, budget: Budget) -> bool:
 
 @lru_cache(maxsize=256)
 def _shape(text: str, letters: bool) -> Shape:
+    if nesting(text) > MAX_NESTING:
+        raise Unreadable("nested more deeply than an answer is")
     return read(text, letters)
 
 
 def _math_verify_equals(truth: str, answer: str) -> bool:
     """Ask math-verify about sums, integrals and other notation that our reader does not know."""
-    if EXPLOSIVE.search(truth) or EXPLOSIVE.search(answer) or max(answer.count("("), answer.count("{")) > MAX_NESTING:
+    if EXPLOSIVE.search(truth) or EXPLOSIVE.search(answer):
         return False
     from math_verify import verify
 

@@ -142,6 +142,15 @@ def split(text: str, signs: tuple[str, ...]) -> tuple[list[str], list[str]]:
     return [*parts, text[begin:]], found
 
 
+def nesting(text: str) -> int:
+    """Return the depth of the deepest brackets."""
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _read_all(parts: list[str], letters: bool) -> tuple[Shape, ...]:
     if len(parts) > MAX_ITEMS:
         raise Unreadable("more items than an answer has")

@@ -1,4 +1,4 @@
-"""Text a policy may write: it costs at most the time limit, and whatever is not a verdict is counted."""
+"""Text a policy may write: what cannot be compared is wrong, after bounded effort."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from qurl.rewards import REWARDS, VOTES
 from qurl.rewards.answers import last_boxed, whole_number
 from qurl.rewards.dapo import TAIL_CHARACTERS
 
-TIMEOUT_S = 1.5
+TIMEOUT_S = 1.5  # of the fuzzer
+MAX_CPU_S = 2.0
 SLACK_S = 5.0  # to notice and kill, on a busy machine
 HOSTILE = {
     "unclosed braces": r"\boxed{" + "{" * 5000,
@@ -28,18 +29,21 @@ HOSTILE = {
     "python power": r"</think>\boxed{9**9**9}",
     "power tower": r"</think>\boxed{9^{9^{9^{9}}}}",
     "factorial": r"</think>\boxed{999999999!}",
+    "sum without end": r"</think>\boxed{\sum_{k=1}^{99999}\sin(k^k)}",
+    "integral": r"</think>\boxed{\int_0^1 e^{e^{x^2}}\sin(x^x)dx}",
+    "many items": r"</think>\boxed{" + ",".join("7" * 99) + "}",
     "parentheses": r"</think>\boxed{" + "(" * 500 + "1" + ")" * 500 + "}",
 }
 
 
 @pytest.mark.parametrize("function", ["math", "deepscaler"])
-def test_hostile_text_costs_at_most_the_time_limit_and_is_counted(function):
+def test_hostile_text_is_wrong_within_two_seconds_of_cpu_time(function):
     texts = list(HOSTILE.values())
     right = r"</think>\boxed{7}"
-    (rewards,) = score(RewardConfig(function=function, timeout_s=TIMEOUT_S, num_workers=1), group(*texts, right, ground_truth="7"))
+    (rewards,) = score(RewardConfig(function=function, num_workers=1), group(*texts, right, ground_truth="7"))
     for name, result in zip(HOSTILE, rewards, strict=False):
         assert result.value == 0.0, (name, result)
-        assert result.elapsed_s < TIMEOUT_S + SLACK_S, (name, result)
+        assert result.elapsed_s < MAX_CPU_S + SLACK_S, (name, result)
     assert rewards[-1].value == 1.0
 
 
