@@ -29,12 +29,16 @@ class Outcomes:
         self._asked = asked
         self._found: dict[str, Outcome] = {}
         if self._path.exists():
-            content = json.loads(self._path.read_text())
+            try:
+                content = json.loads(self._path.read_text())
+                self._found = {name: Outcome(**outcome) for name, outcome in content["outcomes"].items()}
+                content["asked"].get("")
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ConfigError(f"{self._path} is damaged; remove it to begin anew, or use another --out") from error
             for key, value in asked.items():
                 if content["asked"].get(key) != value:
                     found = content["asked"].get(key)
                     raise ConfigError(f"--out {folder} holds an ablation with {key} {found}, now {value}; use another folder")
-            self._found = {name: Outcome(**outcome) for name, outcome in content["outcomes"].items()}
 
     def get(self, run_name: str) -> Outcome | None:
         """None where the run has not ended."""

@@ -1,6 +1,6 @@
 """The folder of an evaluation, which survives its process.
 
-    config.json      what was asked for; another command in the same folder is refused
+    config.json      what was asked for, once a problem is finished; another command in the same folder is refused then
     problems.jsonl   a line per finished problem, on disk before the problem counts as done
     results.json     written at the end, from problems.jsonl alone
     model/           of a run folder: the exported checkpoint
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -54,10 +54,16 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._held.close()
+        if not self.done:  # what did not start must not stand in the way of another command
+            with suppress(OSError):
+                (self.folder / PROBLEMS).unlink()
+                self.folder.rmdir()
 
     def append(self, record: ProblemRecord) -> None:
         """Put a finished problem on disk."""
         assert self._file is not None, "the journal is open"
+        if not self.done:
+            self._write_config()
         self._file.write(json.dumps(asdict(record)).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -71,12 +77,9 @@ class Journal:
         return path
 
     def _check_config(self) -> None:
-        """Write the configuration, or refuse one that differs from the one on disk."""
+        """Refuse a configuration that differs from the one on disk."""
         path = self.folder / CONFIG
         if not path.exists():
-            partial = self.folder / f".{CONFIG}"
-            partial.write_text(json.dumps(self._config, indent=1) + "\n")
-            partial.replace(path)
             return
         try:
             before = dict(json.loads(path.read_text()))
@@ -91,6 +94,11 @@ class Journal:
                     f"{key}={now.get(key)}: the evaluation in {self.folder} was started with {before.get(key)}; "
                     "go on with the same arguments or use another --out"
                 )
+
+    def _write_config(self) -> None:
+        partial = self.folder / f".{CONFIG}"
+        partial.write_text(json.dumps(self._config, indent=1) + "\n")
+        partial.replace(self.folder / CONFIG)
 
     def _read(self) -> None:
         assert self._file is not None

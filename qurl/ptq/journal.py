@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from qurl.ptq.perplexity import DocumentLoss
 
@@ -34,12 +35,11 @@ def journaled(
     lines = [entry for _, entry in takewhile(lambda pair: pair[0] == pair[1][NAME], zip(names, found, strict=False))]
     progress(len(lines))
     if len(lines) < len(names):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(f"{line}\n" for line in (head, *map(json.dumps, lines))))
-        partial.replace(path)
-        with path.open("a") as file:
+        with ExitStack() as stack:
+            file = None
             for entry in measure(len(lines)):
+                if file is None:  # not before: a measurement that does not start must not replace the file of another question
+                    file = stack.enter_context(_begun(path, head, lines))
                 lines.append({NAME: names[len(lines)], **entry})
                 file.write(json.dumps(lines[-1]) + "\n")
                 file.flush()
@@ -54,6 +54,15 @@ def journaled_losses(
     """The losses of `documents`, named by hashes of their tokens: those in `path`, then those of measure(documents to skip)."""
     names = [hashlib.sha256(json.dumps(document).encode()).hexdigest()[:16] for document in documents]
     return [DocumentLoss(**entry) for entry in journaled(path, question, names, lambda skip: map(asdict, measure(skip)))]
+
+
+def _begun(path: Path, head: str, lines: Sequence[dict[str, Any]]) -> TextIO:
+    """The file with these entries, open for more."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(f"{line}\n" for line in (head, *map(json.dumps, lines))))
+    partial.replace(path)
+    return path.open("a")
 
 
 def _read(path: Path, head: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from qurl.ablation.outcomes import Outcomes
 from qurl.ablation.trials import ARMS, BASELINE, COMPARISONS, plan_trials
 from qurl.config import UpdateAwareness
 from qurl.config.compose import compose
@@ -49,3 +50,10 @@ def test_comparisons_name_arms():
 def test_what_cannot_be_compared_is_refused(arms, formats, seeds, says):
     with pytest.raises(ConfigError, match=says):
         plan_trials(arms, formats, seeds)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"asked": 1, "outcomes": {}}', '{"asked": {}, "outcomes": {"a": {"x": 1}}}'])
+def test_outcomes_that_are_damaged_are_an_input_error(tmp_path, content):
+    (tmp_path / "outcomes.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"outcomes\.json is damaged; remove it to begin anew, or use another --out"):
+        Outcomes(tmp_path, {})

@@ -59,12 +59,21 @@ def test_a_damaged_line_in_the_middle_is_refused_by_number(tmp_path):
     [({"temperature": 1.0}, "temperature=1.0: .* was started with 0.6"), ({"problems": {"amc23": "cd"}}, "problems=")],
 )
 def test_another_configuration_in_the_same_folder_is_refused_with_the_key(tmp_path, changed, told):
-    with Journal(tmp_path, CONFIG):
-        pass
+    with Journal(tmp_path, CONFIG) as journal:
+        journal.append(record("a"))
     with pytest.raises(ValueError, match=told), Journal(tmp_path, CONFIG | changed):
         pass
     with Journal(tmp_path, CONFIG):
         pass
+
+
+def test_an_evaluation_that_does_not_start_leaves_nothing_and_refuses_no_other_command(tmp_path):
+    with pytest.raises(RuntimeError), Journal(tmp_path / "e", CONFIG):
+        raise RuntimeError("the rollout engine did not start")
+    assert not (tmp_path / "e").exists()
+    with Journal(tmp_path / "e", CONFIG | {"temperature": 1.0}) as journal:
+        journal.append(record("a"))
+    assert json.loads((tmp_path / "e" / "config.json").read_text())["temperature"] == 1.0
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path):

@@ -144,3 +144,12 @@ def test_a_journal_goes_on_where_it_was_cut_and_forgets_another_question(tmp_pat
     assert ask("int8", [0, 1, 2, 3, 4, 5]) == [0, 1, 2, 3, 4, 5] and asked == [0, 3, 5]  # more documents than before
     assert ask("int8", [0, 1, 7]) == [0, 1, 7] and asked == [0, 3, 5, 2]  # another document
     assert ask("fp8", [0, 1, 7]) == [0, 1, 7] and asked == [0, 3, 5, 2, 0]
+    before = path.read_text()
+    with pytest.raises(RuntimeError):  # a measurement of another question that does not start
+        journaled_losses(path, {"format": "int4"}, [[[0, 0]]], fails)
+    assert path.read_text() == before
+
+
+def fails(skip):
+    raise RuntimeError("not enough memory")
+    yield
