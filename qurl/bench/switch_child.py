@@ -31,11 +31,12 @@ def main(folder: Path, job: dict[str, Any]) -> None:
 
     path = write_models(job["shape"], ["axbxp"], "stock_", folder)["axbxp"]
     precisions, num_rounds = job["precisions"], job["num_rounds"]
+    is_eager = not torch.cuda.is_available()  # as in training
     started: dict[str, Sample] = {}
     for precision in precisions if job["compare"] else ():
-        started[precision] = sample(build_engine(path, "axbxp", True, precision))
+        started[precision] = sample(build_engine(path, "axbxp", is_eager, precision))
         gc.collect()  # ends the engine: a later collection would end its successors' groups
-    engine = build_engine(path, "axbxp", True, precisions[-1])
+    engine = build_engine(path, "axbxp", is_eager, precisions[-1])
     seconds, equal = switch_in_turns(engine, precisions, num_rounds, started, lambda done: report(done, num_rounds))
     found = {"num_threads": torch.get_num_threads(), "seconds": seconds, "equal": equal}
     (folder / RESULT).write_text(json.dumps(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from qurl.errors import ConfigError
 LOG_WIDTH = 200  # of the table where standard output is no terminal
 
 NUM_LOG_LINES = 20  # of progress, at least, where standard error is no terminal
+LOG_INTERVAL_S = 60.0
 
 PAIRED = {
     "data": "--data NAME=FILE",
@@ -84,26 +86,43 @@ def main(args: argparse.Namespace) -> int:
     return _evaluate(config)
 
 
+class LogLines:
+    """Which progress is worth a line of a log: NUM_LOG_LINES in all, and one a minute where problems take longer."""
+
+    def __init__(self) -> None:
+        self._said: int | None = None  # problems done
+        self._said_at = 0.0
+
+    def is_due(self, done: int, total: int, now: float) -> bool:
+        """Whether to say it; the caller then does."""
+        is_step = done != self._said and (done % max(1, total // NUM_LOG_LINES) == 0 or done == total)
+        if self._said is not None and not is_step and now - self._said_at < LOG_INTERVAL_S:
+            return False
+        self._said, self._said_at = done, now
+        return True
+
+
 def _evaluate(config: Any) -> int:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from qurl.evaluation.evaluate import run_evaluation
     from qurl.evaluation.summary import table_rows
 
     bar = Progress(
-        TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+        TextColumn("problems"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
         console=Console(stderr=True),
     )  # fmt: skip
-    task = bar.add_task("problems")
+    task = bar.add_task("")
+    log = LogLines()
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, speed: str) -> None:
         if not bar.console.is_terminal:  # where a bar would appear at its end only
-            if done % max(1, total // NUM_LOG_LINES) == 0 or done == total:
-                print(f"problems {done}/{total}", file=sys.stderr, flush=True)
+            if log.is_due(done, total, time.monotonic()):
+                print(f"problems {done}/{total}, {speed}", file=sys.stderr, flush=True)
             return
         bar.start()  # only now: what is refused before is one line of its own
-        bar.update(task, completed=done, total=total)
+        bar.update(task, completed=done, total=total, description=speed)
 
     try:
         results, path = run_evaluation(config, progress)

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
@@ -23,6 +24,7 @@ from qurl.evaluation.config import FREE_FIELDS, EvalConfig, validate
 from qurl.evaluation.journal import Journal
 from qurl.evaluation.problems import fingerprint, is_run, load_prompts, parts_config, reward_config
 from qurl.evaluation.record import record_of
+from qurl.evaluation.speed import Speed
 from qurl.evaluation.summary import summarize
 from qurl.evaluation.wording import in_options
 from qurl.learner.huggingface import check_weight_files
@@ -38,7 +40,9 @@ from qurl.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # (done, total) problems
+Progress = Callable[[int, int, str], None]  # (done, total) problems, how fast and for how long
+POLL_S = 1.0
+"""Seconds between two questions to the engines, how many tokens they have."""
 
 
 def run_evaluation(config: EvalConfig, progress: Progress) -> tuple[dict[str, Any], Path]:
@@ -53,11 +57,11 @@ def run_evaluation(config: EvalConfig, progress: Progress) -> tuple[dict[str, An
     with Journal(output_folder(config), saved_config(config, checkpoint, prompts)) as journal:
         missing = {n: [p for p in items if (n, p.prompt_id) not in journal.done] for n, items in prompts.items()}
         total = sum(map(len, prompts.values()))
-        progress(total - sum(map(len, missing.values())), total)
+        progress(total - sum(map(len, missing.values())), total, "starting")
         if any(missing.values()):
             if checkpoint is not None:
                 parts = replace(parts, model=replace(parts.model, path=str(_exported(config, journal.folder))))
-            _sample(config, parts, missing, tokenizer, stop_ids, journal, lambda left: progress(total - left, total))
+            _sample(config, parts, missing, tokenizer, stop_ids, journal, lambda left, speed: progress(total - left, total, speed))
         results = {
             name: summarize(
                 [journal.done[name, prompt.prompt_id] for prompt in items],
@@ -163,9 +167,9 @@ def _sample(
     tokenizer: Any,
     stop_ids: list[int],
     journal: Journal,
-    progress: Callable[[int], None],
+    progress: Callable[[int, str], None],
 ) -> None:
-    """Fill the journal. progress: called with the number of problems that are left."""
+    """Fill the journal. progress: called with the number of problems that are left, and the speed."""
     from qurl.trainer.start import ray_session
 
     with ray_session(parts) as ray_logs:
@@ -179,7 +183,7 @@ async def _sample_all(
     tokenizer: Any,
     stop_ids: list[int],
     journal: Journal,
-    progress: Callable[[int], None],
+    progress: Callable[[int, str], None],
     ray_logs: Path,
 ) -> None:
     from qurl.rollout.actor import start_engine_actor
@@ -207,6 +211,13 @@ async def _sample_all(
     configs: dict[str, RewardConfig] = {(found := reward_config(config, name)).function: found for name in missing}
     verifiers = {function: RewardPool(found) for function, found in configs.items()}
     left = sum(map(len, missing.values()))
+    speed = Speed(left, config.samples * config.max_tokens, time.monotonic())
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            speed.sampled(time.monotonic(), await pool.num_tokens())
+            progress(left, str(speed))
 
     async def one(name: str, prompt: Prompt) -> None:
         nonlocal left
@@ -215,17 +226,24 @@ async def _sample_all(
         scored = await verifiers[function].score(group)
         journal.append(record_of(name, scored, VOTES.get(function)))
         left -= 1
-        progress(left)
+        speed.finished(sum(len(rollout.token_ids) for rollout in group.rollouts))
+        progress(left, str(speed))
 
     try:
         with naming("the rollout engine did not start", ray_logs):
             await asyncio.gather(pool.start(), *(verifier.start() for verifier in verifiers.values()))
         pool.mark_ready([])
         async with asyncio.TaskGroup() as tasks:
-            for name, items in missing.items():
-                for prompt in items:
-                    tasks.create_task(one(name, prompt))
+            watching = tasks.create_task(watch())
+            async with asyncio.TaskGroup() as problems:
+                for name, items in missing.items():
+                    for prompt in items:
+                        problems.create_task(one(name, prompt))
+            watching.cancel()
     except ExceptionGroup as group:
-        raise group.exceptions[0] from group
+        first: Exception = group
+        while isinstance(first, ExceptionGroup):
+            first = first.exceptions[0]
+        raise first from group
     finally:
         await asyncio.gather(pool.close(), *(verifier.close() for verifier in verifiers.values()), return_exceptions=True)

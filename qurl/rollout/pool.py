@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 2.0
 ROOM = 1.25  # samples handed to an engine, in multiples of max_num_seqs: the surplus waits inside vLLM and keeps its batch full
+STATUS_TIMEOUT_S = 2.0  # an engine that does not say sooner how many tokens it has is not waited for
 DEFAULT_MAX_NUM_SEQS = 256  # vLLM's scheduler default; rollout.engine_args.max_num_seqs overrides it
 
 
@@ -171,6 +172,14 @@ class RolloutPool:
         """Prompts dispatched again since the last call."""
         count, self._num_redispatched = self._num_redispatched, 0
         return count
+
+    async def num_tokens(self) -> int:
+        """Tokens of the samples that the present engines have finished since they started; of those that answer at once."""
+        asked = [asyncio.ensure_future(_as_future(engine.handle.status.remote())) for engine in self._engines]
+        done, late = await asyncio.wait(asked, timeout=STATUS_TIMEOUT_S) if asked else (set(), set())
+        for each in late:
+            each.cancel()
+        return sum(each.result().num_tokens for each in done if each.exception() is None)
 
     def waiting_for(self) -> str:
         """Who everyone waits for, for the stall message."""
