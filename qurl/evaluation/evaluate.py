@@ -211,7 +211,6 @@ async def _sample_all(
     configs: dict[str, RewardConfig] = {(found := reward_config(config, name)).function: found for name in missing}
     verifiers = {function: RewardPool(found) for function, found in configs.items()}
     left = sum(map(len, missing.values()))
-    speed = Speed(left, config.samples * config.max_tokens, time.monotonic())
 
     async def watch() -> None:
         while True:
@@ -226,13 +225,14 @@ async def _sample_all(
         scored = await verifiers[function].score(group)
         journal.append(record_of(name, scored, VOTES.get(function)))
         left -= 1
-        speed.finished(sum(len(rollout.token_ids) for rollout in group.rollouts))
+        speed.finished(time.monotonic(), sum(len(rollout.token_ids) for rollout in group.rollouts))
         progress(left, str(speed))
 
     try:
         with naming("the rollout engine did not start", ray_logs):
             await asyncio.gather(pool.start(), *(verifier.start() for verifier in verifiers.values()))
         pool.mark_ready([])
+        speed = Speed(left, config.samples * config.max_tokens, time.monotonic())  # engines have started
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(watch())
             async with asyncio.TaskGroup() as problems:

@@ -27,11 +27,12 @@ class Speed:
         while len(self._seen) > 2 and now - self._seen[1][0] > WINDOW_S:
             self._seen.popleft()
 
-    def finished(self, num_tokens: int) -> None:
+    def finished(self, now: float, num_tokens: int) -> None:
         """A problem whose samples have so many tokens together has ended."""
         self._left -= 1
         self._finished += 1
         self._finished_tokens += num_tokens
+        self.sampled(now, self._finished_tokens)  # engines may not have been asked since
 
     @property
     def tokens_per_s(self) -> float:

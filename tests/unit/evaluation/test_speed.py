@@ -20,13 +20,14 @@ def test_within_a_batch_the_longest_that_it_can_take_is_said():
 
 def test_problems_that_ended_say_how_long_the_others_are():
     speed = Speed(10, 200, now=0.0)
-    speed.finished(40)
-    speed.finished(60)
+    speed.finished(4.0, 40)
+    speed.finished(5.0, 60)
+    assert speed.tokens_per_s == 20  # though no engine was asked yet
     speed.sampled(10.0, 150)
     assert speed.left_s == pytest.approx((8 * 50 - (150 - 100)) / 15)
     assert str(speed) == "15 tokens/s, about 0:00:23 left"
     for _ in range(8):
-        speed.finished(50)
+        speed.finished(10.0, 50)
     assert speed.left_s == 0
 
 
