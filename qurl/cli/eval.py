@@ -20,6 +20,7 @@ PAIRED = {
     "data": "--data NAME=FILE",
     "engine_args": "--engine-arg NAME=VALUE",
     "chat_template_kwargs": "--chat-template-kwarg NAME=VALUE",
+    "reward_kwargs": "--reward-arg NAME=VALUE",
 }
 """Field of EvalConfig -> how its option is written."""
 
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = ", ".join(PROMPTS)
     add("--prompt", metavar="NAME|TEMPLATE", help=f"{prompts}, or a text with {{problem}} in it; default: the benchmark's")
     add("--reward", metavar="NAME", help="reward function; default: the benchmark's")
+    add("--reward-arg", dest="reward_kwargs", nargs="+", action="extend", metavar="NAME=VALUE",
+        help="options of the reward function, e.g. boxless=anywhere truncated=true")
     add("--chat-template", action=argparse.BooleanOptionalAction, help="default: where the tokenizer has one")
     add("--chat-template-kwarg", dest="chat_template_kwargs", nargs="+", action="extend", metavar="NAME=VALUE",
         help="variables of the chat template, e.g. enable_thinking=false")
@@ -79,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     options = {f.name: getattr(args, f.name) for f in fields(EvalConfig) if getattr(args, f.name) is not None}
     for name in PAIRED.keys() & options.keys():
         options[name] = _pairs(options[name], PAIRED[name])
-    for name in {"engine_args", "chat_template_kwargs"} & options.keys():
+    for name in {"engine_args", "chat_template_kwargs", "reward_kwargs"} & options.keys():
         options[name] = {key: _value(text) for key, text in options[name].items()}
     config = EvalConfig(**options)
     validate(config)

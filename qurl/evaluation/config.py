@@ -37,6 +37,7 @@ class EvalConfig:
     max_problems: int | None = None  # the first ones only
     prompt: str | None = None  # key of PROMPTS or a template with {problem}; default: each benchmark's own
     reward: str | None = None  # as reward.function; default: each benchmark's own
+    reward_kwargs: dict[str, Any] = field(default_factory=dict)  # as reward.kwargs
     chat_template: bool | None = None  # default: where the tokenizer has one
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # as data.chat_template_kwargs
     control_tokens: str = "text"  # as data.control_tokens

@@ -53,7 +53,9 @@ def is_run(model: str) -> bool:
 def reward_config(config: EvalConfig, benchmark: str) -> RewardConfig:
     """How a benchmark's answers are judged."""
     function = config.reward or BENCHMARKS[benchmark].reward
-    return RewardConfig(function=function, num_workers=config.reward_workers, timeout_s=config.reward_timeout_s)
+    return RewardConfig(
+        function=function, kwargs=config.reward_kwargs, num_workers=config.reward_workers, timeout_s=config.reward_timeout_s
+    )
 
 
 def load_prompts(config: EvalConfig, tokenizer: Any) -> dict[str, list[Prompt]]:

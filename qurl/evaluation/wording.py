@@ -28,6 +28,8 @@ OPTIONS = {
     "quantization.group_size=": "--group-size ",
     "quantization=": "--format ",
     "reward.function": "--reward",
+    "reward.kwargs.": "--reward-arg ",
+    "reward.kwargs": "--reward-arg",
     "rollout.engine_args.": "--engine-arg ",
     "rollout.max_response_tokens": "--max-tokens",
     "rollout.tensor_parallel_size": "--tensor-parallel-size",

@@ -114,12 +114,16 @@ class _Reader:
                     divisor = Node("mul", (divisor, self._factor()))
                 left = Node("div", (left, divisor))
             elif self._starts_factor():
-                left = self._beside(left, self._factor())
+                left = self._beside(left)
             else:
                 return left
 
-    def _beside(self, left: Node, right: Node) -> Node:
-        """Two factors without a sign: a product, or a mixed number."""
+    def _beside(self, left: Node) -> Node:
+        """Read a factor without a sign before it: of a product, or of a mixed number, whose parts have no parentheses."""
+        is_bare = self.peek(-1)[:1].isdigit() and self.peek() not in CLOSERS
+        right = self._factor()
+        if not is_bare:
+            return Node("mul", (left, right))
         whole = left.args[0] if left.kind == "neg" else left
         is_fraction = right.kind == "div" and all(part.kind == "number" for part in right.args)
         if whole.kind == "number" and isinstance(whole.value, Fraction) and whole.value.denominator == 1 and is_fraction:
@@ -284,7 +288,7 @@ class _Reader:
         """Read what a function without parentheses takes: factors up to a sign or the next function."""
         node = self._signed()
         while self._starts_factor() and self.peek()[1:] not in FUNCTIONS and self.peek() not in ("(", "["):
-            node = self._beside(node, self._factor())
+            node = self._beside(node)
         while self.peek() == "/" and re.fullmatch(r"\d+|[a-zA-Z]", self.peek(1)):  # \sin x/2
             self._at += 1
             node = Node("div", (node, self._factor()))
