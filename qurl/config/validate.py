@@ -274,6 +274,8 @@ def _reward(config: RewardConfig) -> None:
 def _probe(config: ProbeConfig) -> None:
     _at_least(0, "probe.", config, "every_steps")
     _at_least(1, "probe.", config, "num_samples")
+    limit = config.start_max_kl
+    _require(limit is None or limit > 0, "probe.start_max_kl", limit, "null or a number > 0")
 
 
 def _guard(config: GuardConfig, quantization: QuantizationConfig) -> None:

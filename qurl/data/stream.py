@@ -28,6 +28,7 @@ class PromptStream:
             raise ValueError("a prompt stream needs at least one prompt")
         if len({prompt.prompt_id for prompt in prompts}) != len(prompts):
             raise ValueError("a prompt stream needs prompts with unique ids")
+        self._prompts = prompts
         self._identity = {"num_prompts": len(prompts), "seed": seed, "shuffle": shuffle}
         with warnings.catch_warnings():  # torchdata 0.11 calls a function that torch 2.13 has deprecated
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
@@ -37,6 +38,10 @@ class PromptStream:
                 num_workers=0, generator=torch.Generator(),
             )  # fmt: skip
         self._iterator = iter(self._loader)
+
+    def first(self, num_prompts: int) -> Sequence[Prompt]:
+        """The set's first prompts, in its own order; the position stays as it is."""
+        return self._prompts[:num_prompts]
 
     def take(self, num_prompts: int) -> list[Prompt]:
         """The next `num_prompts` prompts; more than one epoch where the set is smaller."""

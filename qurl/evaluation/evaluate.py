@@ -28,6 +28,7 @@ from qurl.evaluation.speed import Speed
 from qurl.evaluation.summary import summarize
 from qurl.evaluation.wording import in_options
 from qurl.learner.huggingface import check_weight_files
+from qurl.plan.architecture import check_head_size
 from qurl.plan.model_facts import read_model_facts
 from qurl.plan.preflight import check_engine_args, check_model
 from qurl.plug import resolve
@@ -85,11 +86,11 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
     )
     for name in config.benchmarks:
         resolve(REWARDS, reward_config(config, name).function, "--reward")
-    place_engines(config, len(hardware.gpus()), hardware.num_cores())
+    device, _ = place_engines(config, len(hardware.gpus()), hardware.num_cores())
     parts = parts_config(config)
     check_engine_args(parts.rollout.engine_args)
     checkpoint = latest_checkpoint(Path(config.model).expanduser()).name if is_run(config.model) else None
-    facts = read_model_facts(parts.model)
+    facts = read_model_facts(parts.model, is_trained=False)
     if checkpoint is None:
         check_weight_files(parts.model)
     tokenizer = load_tokenizer(parts)
@@ -97,6 +98,7 @@ def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str
     longest = max(len(prompt.token_ids) for prompt in chain.from_iterable(prompts.values()))
     check_length(config, longest, facts.max_position_embeddings)
     parts = replace(parts, data=replace(parts.data, max_prompt_tokens=longest))
+    check_head_size(facts.head_dim, device)
     check_model(parts, facts)
     stop_ids = stop_token_ids(parts, tokenizer)
     check_vocabulary(parts, [stop_ids, *(prompt.token_ids for prompt in chain.from_iterable(prompts.values()))])

@@ -14,6 +14,10 @@ from pathlib import Path
 
 from qurl.config.model import ModelConfig
 from qurl.errors import ConfigError, one_line
+from qurl.plan.architecture import check_trainable
+from qurl.rollout.config_json import stray_head_counts
+
+logger = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -45,8 +49,8 @@ class ModelFacts:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_value
 
 
-def read_model_facts(config: ModelConfig, section: str = "model") -> ModelFacts:
-    """Facts of `section`.path, a folder or a hub name. Raises ConfigError where it cannot be read or trained."""
+def read_model_facts(config: ModelConfig, section: str = "model", is_trained: bool = True) -> ModelFacts:
+    """Facts of `section`.path, a folder or a hub name. Raises ConfigError where it cannot be read, or trained if it is to be."""
     key = f"{section}.path"
     _check_source(key, config.path, config.revision, "config.json")
     folder = Path(config.path)
@@ -74,6 +78,12 @@ def read_model_facts(config: ModelConfig, section: str = "model") -> ModelFacts:
     linear_names = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     if getattr(found, "quantization_config", None):
         raise ConfigError(f"{key}={config.path} is a quantized checkpoint; the learner trains a full-precision one")
+    if is_trained:
+        check_trainable(text, model, config.attn_implementation, f"{key}={config.path}")
+    stray = stray_head_counts(text)
+    for name, value in stray.items():
+        logger.warning("%s=%s: %s has no key %s, which config.json sets; engines take %d for it, other servers may not: remove it",
+                       key, config.path, type(model).__name__, name, value)  # fmt: skip
     return ModelFacts(
         parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         linear_names=linear_names,
@@ -83,7 +93,7 @@ def read_model_facts(config: ModelConfig, section: str = "model") -> ModelFacts:
         hidden_size=text.hidden_size,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_heads=text.num_attention_heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        num_kv_heads=text.num_attention_heads if stray else getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
         max_position_embeddings=config.max_position_embeddings or getattr(text, "max_position_embeddings", None),

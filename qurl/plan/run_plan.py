@@ -11,6 +11,7 @@ from qurl.config.validate import check_devices
 from qurl.errors import ConfigError
 from qurl.hardware import Hardware, detect, engine_dtype
 from qurl.kept_tokens import max_bytes_per_token
+from qurl.plan.architecture import check_head_size
 from qurl.plan.batch import BatchPlan, plan_batch
 from qurl.plan.critic import read_critic_facts
 from qurl.plan.memory import (
@@ -81,6 +82,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     if is_known and placement.device == "cuda" and size > len(machine.gpus):
         raise ConfigError(f"rollout.tensor_parallel_size={size}: an engine stays on a node, whose GPUs are {len(machine.gpus)}")
     model = read_model_facts(config.model)
+    check_head_size(model.head_dim, placement.device)
     targets = check_model(config, model)
     check_raised_precision(config, targets, placement.device)
     wire = wire_bytes(config, model, targets)

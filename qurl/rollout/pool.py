@@ -329,7 +329,7 @@ class RolloutPool:
         if self._failure is not None:
             return
         self._failure = failure
-        logger.error("%s", failure)
+        logger.info("%s", failure)  # whoever waits raises it
         for work in self._queue:
             if not work.future.done():
                 work.future.set_exception(self._failure)

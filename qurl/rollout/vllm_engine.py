@@ -10,6 +10,7 @@ from typing import Any
 
 from qurl.config import ModelConfig, QuantizationConfig, RolloutConfig
 from qurl.hardware import detect, engine_dtype
+from qurl.rollout.config_json import stray_head_counts
 from qurl.rollout.request import Sampling
 
 CONTROLLED_ARGS = frozenset({
@@ -48,6 +49,7 @@ def build_engine(
     encodes from its own; without, it has no real weights before they come through the weight stream.
     Raises ValueError where engine_args names an argument that qurl controls; what vLLM raises passes through."""
     import torch
+    from transformers import AutoConfig
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -67,6 +69,8 @@ def build_engine(
         quantization.format, quantization.ignore, quantization.precision, quantization.codebooks, quantization.rotation,
         quantization.group_size,
     )
+    found = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    controlled["hf_overrides"] |= stray_head_counts(found.get_text_config())
     if model.max_position_embeddings is not None:
         controlled["hf_overrides"]["max_position_embeddings"] = model.max_position_embeddings
     masks_by_vllm = rollout.cuts and torch.cuda.is_available()  # elsewhere by our own sampler

@@ -32,7 +32,7 @@ def training_samples(groups: Sequence[ScoredGroup], config: AlgorithmConfig, max
         config.advantage,
     )
     return [
-        _sample(scored.group, rollout, value, worth)
+        training_sample(scored.group, rollout, value, worth)
         for scored, pairs, of_group in zip(groups, kept, advantages, strict=True)
         for (rollout, value), worth in zip(pairs, of_group, strict=True)
         if not _is_filtered(rollout, config.overlong)
@@ -77,7 +77,8 @@ def _is_filtered(rollout: Rollout, config: OverlongConfig) -> bool:
     return config.filter and rollout.finish_reason == "length"
 
 
-def _sample(group: RolloutGroup, rollout: Rollout, reward: float, advantage: float) -> TrainingSample:
+def training_sample(group: RolloutGroup, rollout: Rollout, reward: float, advantage: float) -> TrainingSample:
+    """Return prompt and response as one sequence whose response is trained."""
     prompt = group.prompt.token_ids
     before = len(prompt)
     response = len(rollout.token_ids)

@@ -51,6 +51,7 @@ class TrainingLoop:
     evaluated: int
     inputs: dict[str, Any]  # fingerprints of what the run is made from (qurl.trainer.inputs), for its checkpoints
     evaluate: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, dict[str, float]]] | None
+    check_agreement: Callable[[int], Coroutine[Any, Any, None]] | None = None  # of engines and learner, at a version
     _untrained: Batch | None = None
 
     async def run(self) -> None:
@@ -58,6 +59,8 @@ class TrainingLoop:
         self.log.begin(self.completed, self.evaluated)
         try:
             await self._publish(self.completed)
+            if self.check_agreement is not None:
+                await or_interrupt(self.check_agreement(self.completed), self.interrupt)
             if await self._evaluate_if_due() and self.completed:  # the evaluation that ended the process before this one
                 await self.checkpoint()
             await self.weights.announce()

@@ -148,6 +148,7 @@ async def _train(
     log: RunLogger,
 ) -> int:
     from qurl.rollout.pool import training_sampling
+    from qurl.trainer.agreement import NUM_PROMPTS, check_agreement
     from qurl.trainer.evaluate import evaluate, evaluation_sampling
     from qurl.trainer.gpus import reserved_gpus
     from qurl.trainer.guard import Guard, fallback
@@ -202,6 +203,7 @@ async def _train(
             config=config, learner=learner, pool=pool, weights=weights, producer=producer, checkpoints=checkpoints, log=log,
             timeline=timeline, guard=guard, interrupt=interrupt, completed=completed, evaluated=evaluated,
             evaluate=evaluator if evaluation else None, inputs=inputs,
+            check_agreement=partial(check_agreement, config, stream.first(NUM_PROMPTS), pool, learner, weights),
         )  # fmt: skip
         folder.write_config()
         try:

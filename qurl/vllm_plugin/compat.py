@@ -14,6 +14,7 @@ from vllm import _custom_ops as ops
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.v1.outputs import SamplingMaskLists
 from vllm.v1.sample.logits_processor import (
     LOGITSPROCS_GROUP,
@@ -53,10 +54,35 @@ def keep_shard(tensor: Tensor, source: Tensor) -> Tensor:
 def vllm_parameter_name(model: nn.Module, hf_name: str) -> str | None:
     """Where a Hugging Face tensor ends up in the model; None where the model discards it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return hf_name
-    mapped = mapper.apply_list([hf_name])
-    return mapped[0] if mapped else None
+    mapped = [hf_name] if mapper is None else mapper.apply_list([hf_name])
+    return _fused_name(model, mapped[0]) if mapped else None
+
+
+def _fused_name(model: nn.Module, name: str) -> str:
+    """Name of the fused parameter where only the inner model's own mapper knows that one is fused (glm4)."""
+    module, _, leaf = name.rpartition(".")
+    parent, dot, part = module.rpartition(".")
+    for fused, parts in (getattr(model, "packed_modules_mapping", None) or {}).items():
+        if part in parts and part != fused and not _has_module(model, module) and _has_module(model, f"{parent}{dot}{fused}"):
+            return f"{parent}{dot}{fused}.{leaf}"
+    return name
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def stacked_modules(model_config: Any) -> dict[str, list[str]]:
+    """Fused module -> its Hugging Face parts in the order of their rows, of a class that says so in its mapper (stablelm)."""
+    mapper = getattr(get_model_cls(model_config), "hf_to_vllm_mapper", None)
+    found: dict[str, list[str]] = {}
+    for part, (fused, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
+        found.setdefault(fused.strip("."), []).append(part.strip("."))
+    return found
 
 
 def amx_int8_usable(rows: int, columns: int, dtype: torch.dtype) -> bool:

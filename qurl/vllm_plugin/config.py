@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -16,6 +17,7 @@ from qurl.quantization import FORMATS, select_targets, with_precision
 from qurl.quantization.base import QuantizationFormat
 from qurl.quantization.targets import matches_pattern
 from qurl.vllm_plugin import NAME, format_of
+from qurl.vllm_plugin.compat import stacked_modules
 from qurl.vllm_plugin.embedding import QurlEmbeddingMethod
 from qurl.vllm_plugin.linear import QurlLinearMethod
 
@@ -74,7 +76,8 @@ class QurlConfig(QuantizationConfig):
     def hf_names(self, prefix: str) -> list[str]:
         """The Hugging Face modules that vLLM fuses into the module `prefix`, in the order of their rows."""
         parent, dot, leaf = prefix.rpartition(".")
-        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
+        parts = self.packed_modules_mapping.get(leaf) or self._stacked.get(leaf, [leaf])
+        return [f"{parent}{dot}{part}" for part in parts]
 
     def is_ignored(self, names: list[str]) -> bool:
         """Whether a pattern matches a part of a fused module, which then is in full precision or, by format_of, an error."""
@@ -97,6 +100,11 @@ class QurlConfig(QuantizationConfig):
     def with_precision(self, precision: str | Mapping[str, str] | None) -> QuantizationFormat:
         """The format with a quantization.precision for this model. ValueError as qurl.quantization.with_precision."""
         return with_precision(self.format, precision, sorted(self._targets))
+
+    @cached_property
+    def _stacked(self) -> dict[str, list[str]]:
+        current = get_current_vllm_config_or_none()
+        return {} if current is None or current.model_config is None else stacked_modules(current.model_config)
 
     @cached_property
     def _started_with(self) -> QuantizationFormat:

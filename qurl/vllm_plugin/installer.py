@@ -155,7 +155,8 @@ class WeightInstaller:
         module_name = "" if target is None else target.rpartition(".")[0]
         if module_name in self.linears:
             module, method = self.linears[module_name]
-            return method.read_back(module)[method.names.index(hf_module)]
+            parts = [name.rpartition(".")[2] for name in method.names]  # the engine's prefix may be another: model, not gpt_neox
+            return method.read_back(module)[parts.index(hf_module.rpartition(".")[2])]
         if target not in self._expected and target not in self._aliases:
             raise ValueError(f"{hf_module!r} is no module with a weight in this {type(self.model).__name__}")
         module, weight = self.model.get_submodule(module_name), self.model.get_parameter(target).detach()

@@ -14,7 +14,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     Qwen2Config(
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, tie_word_embeddings=True,
+        head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

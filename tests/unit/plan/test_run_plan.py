@@ -214,7 +214,7 @@ def test_a_stage_has_its_own_batch_and_cache(needed: list[str]) -> None:
     batches = [found.batch, *(stage.batch for stage in found.stages)]
     assert [(b.num_prompts, b.num_samples, b.longest_tokens) for b in batches] == [(32, 256, 128), (32, 128, 128), (16, 64, 192)]
     engines = [found.engine, *(stage.engine for stage in found.stages)]
-    per_token = 2 * 2 * 2 * 16 * 2  # k and v, layers, heads, head size, bytes
+    per_token = 2 * 2 * 2 * 32 * 2  # k and v, layers, heads, head size, bytes
     assert [engine.kv_all for engine in engines] == [256 * 128 * per_token, 128 * 128 * per_token, 64 * 192 * per_token]
 
 
@@ -234,7 +234,7 @@ def test_tracking_updates_keeps_the_quantized_weights_in_float32_on_the_host(nee
 
 def test_cache_of_a_sequence_is_layers_times_heads_times_tokens(needed: list[str]) -> None:
     engine = plan(needed).engine
-    assert engine.kv_per_sequence == 2 * 2 * 2 * 16 * 128 * 2  # k and v, layers, heads, head size, tokens, bytes
+    assert engine.kv_per_sequence == 2 * 2 * 2 * 32 * 128 * 2  # k and v, layers, heads, head size, tokens, bytes
     assert engine.kv_all == 256 * engine.kv_per_sequence
 
 
@@ -297,8 +297,8 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["learner.deepspeed.optimizer.type=SGD"], LAPTOP, "learner.deepspeed.optimizer"),
         (["rollout.tensor_parallel_size=3", "cluster=gpu"], with_gpus(8), "use one of 1, 2, 4"),
         (
-            ["rollout.tensor_parallel_size=2", "quantization=lobcq"], LAPTOP,
-            "rollout.tensor_parallel_size=2 cuts model.layers.0.self_attn.o_proj into parts: quantization=lobcq needs a multiple "
+            ["rollout.tensor_parallel_size=4", "quantization=lobcq"], LAPTOP,
+            "rollout.tensor_parallel_size=4 cuts model.layers.0.mlp.down_proj into parts: quantization=lobcq needs a multiple "
             "of 64 columns in each, not 32; use fewer ranks, give quantization.codebooks with shorter arrays (L_A)",
         ),
         (["rollout.tensor_parallel_size=2", "quantization=fp8_block"], LAPTOP, "into parts: quantization=fp8_block needs"),
@@ -308,8 +308,8 @@ def test_gpu_shares(needed: list[str]) -> None:
         (["model.tokenizer=./nonesuch"], LAPTOP, "model.tokenizer=./nonesuch does not exist"),
         (["stages=[{from_step:9,max_response_tokens:500}]", "learner.max_tokens_per_micro_batch=600"], LAPTOP, "512 positions"),
         (
-            ["stages=[{from_step:9,max_response_tokens:128}]", "rollout.engine_args.kv_cache_memory_bytes=40000"],
-            LAPTOP, "does not hold one sequence of 192 tokens; use at least 49152",
+            ["stages=[{from_step:9,max_response_tokens:128}]", "rollout.engine_args.kv_cache_memory_bytes=80000"],
+            LAPTOP, "does not hold one sequence of 192 tokens; use at least 98304",
         ),
         (["cluster=gpu"], LAPTOP, "cluster.device=cuda"),
         (["cluster.device=auto", "sync.transport=nccl"], LAPTOP, "sync.transport=nccl"),
@@ -322,7 +322,7 @@ def test_gpu_shares(needed: list[str]) -> None:
             "cluster.device=auto would train on the CPU: /dev/nvidia0 exists",
         ),
         ([], dataclasses.replace(LAPTOP, memory_bytes=GIB), "memory"),
-        (["rollout.engine_args.kv_cache_memory_bytes=1000"], LAPTOP, "use at least 32768"),
+        (["rollout.engine_args.kv_cache_memory_bytes=1000"], LAPTOP, "use at least 65536"),
     ],
 )
 def test_what_cannot_run_is_refused(needed: list[str], overrides: list[str], machine: Hardware, told: str) -> None:
@@ -428,6 +428,7 @@ def test_a_critic_takes_the_memory_of_a_second_learner_that_runs_after_the_first
     assert same.on_device - alone.on_device == same.critic
     Qwen2Config(
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32,
     ).save_pretrained(tmp_path)  # fmt: skip
     deeper = plan([*bfloat16, "algorithm=ppo", f"critic.path={tmp_path}"]).learner
     tokens = compose(bfloat16).learner.max_tokens_per_micro_batch
