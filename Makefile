@@ -32,7 +32,7 @@ unit: setup
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n auto --dist loadfile tests/unit tests/contract
 
 e2e: setup
-	RAY_worker_niceness=0 $(PYTHON) -m pytest -q -n 2 --dist loadfile --durations=10 tests/e2e
+	RAY_worker_niceness=0 $(PYTHON) -m pytest -q -n 2 --dist loadfile --durations=10 tests/e2e tests/cluster
 
 lint: setup
 	.venv/bin/ruff check .
