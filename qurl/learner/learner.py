@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +30,7 @@ from qurl.config import (
     UpdateAwareness,
 )
 from qurl.errors import NonFiniteLoss
+from qurl.kept_tokens import unpack_sets
 from qurl.learner.critic import Critic
 from qurl.learner.engine import (
     apply_gradients,
@@ -232,11 +233,11 @@ class Learner:
 
     @torch.no_grad()
     def _logprobs(self, policy: Any, batch: MicroBatch) -> Tensor:
-        return policy(batch.input_ids, batch.position_ids, batch.loss_mask)[0]
+        return policy(batch.input_ids, batch.position_ids, batch.loss_mask, batch.kept_tokens)[0]
 
     def _policy_loss(self, step: _MiniBatch, index: int) -> tuple[Tensor, dict[str, Metric]]:
         batch = step.batches[index]
-        logprobs, entropy = self._engine(batch.input_ids, batch.position_ids, batch.loss_mask)
+        logprobs, entropy = self._engine(batch.input_ids, batch.position_ids, batch.loss_mask, batch.kept_tokens)
         return self._objective.loss(batch, logprobs, entropy, step.token_weights[index], step.mean_weight)
 
     def _critic_loss(self, step: _MiniBatch, index: int) -> tuple[Tensor, dict[str, Metric]]:
@@ -273,7 +274,7 @@ class Learner:
         if failure_dir is not None:
             path = Path(failure_dir) / f"nonfinite_rank{self.rank}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"suspects": suspects, "samples": [asdict(sample) for sample in step.samples]}))
+            path.write_text(json.dumps({"suspects": suspects, "samples": [_as_json(sample) for sample in step.samples]}))
             message += f"; its samples are in {path}"
         raise NonFiniteLoss(message, suspects)
 
@@ -366,6 +367,12 @@ def _wire_dtype(name: str) -> torch.dtype:
     if name not in WIRE_DTYPES:
         raise ValueError(f"rollout.engine_args.dtype={name!r}: weights cannot be sent as that; use one of {', '.join(WIRE_DTYPES)}")
     return getattr(torch, name)
+
+
+def _as_json(sample: TrainingSample) -> dict[str, Any]:
+    """The sample's fields, kept tokens as lists of token ids."""
+    kept = None if sample.kept_tokens is None else [ids.tolist() for ids in unpack_sets(sample.kept_tokens)]
+    return asdict(replace(sample, kept_tokens=None)) | {"kept_tokens": kept}
 
 
 def _to(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qurl.learner.decoder import hidden_states, prepare_for_training
 from qurl.learner.scored_head import ScoredHead
+from qurl.types import KeptTokens
 
 
 class Policy(nn.Module):
@@ -39,14 +40,17 @@ class Policy(nn.Module):
         output_layer = model.get_output_embeddings()
         self.head = ScoredHead(output_layer, temperature=temperature, entropy_gradient=entropy_gradient)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, loss_mask: Tensor, kept_tokens: KeptTokens | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(logprobs, entropy), both [B, L] float32 and 0 where loss_mask is False; entropy has a gradient with entropy_gradient.
 
-        input_ids, position_ids [B, L] int64 and loss_mask [B, L] bool as in MicroBatch."""
+        input_ids, position_ids [B, L] int64 and loss_mask [B, L] bool as in MicroBatch. kept_tokens: as there; both
+        results are then of the distribution over these tokens alone."""
         rows, columns = loss_mask.nonzero(as_tuple=True)
         before = columns - 1  # what stands before a token predicts it
         hidden = hidden_states(self.model.base_model, input_ids, position_ids)[rows, before]
-        logprobs, entropy = self.head(hidden, input_ids[rows, columns])
+        logprobs, entropy = self.head(hidden, input_ids[rows, columns], kept_tokens)
         zeros = torch.zeros(loss_mask.shape, dtype=torch.float32, device=loss_mask.device)
         return zeros.index_put((rows, columns), logprobs), zeros.index_put((rows, columns), entropy)
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from qurl.kept_tokens import split_kinds
+from qurl.types import KeptTokens
+
 LOGIT_BYTES = 256 << 20
 """Bound on one chunk of float32 logits; with a single chunk nothing is recomputed in backward."""
 
@@ -33,15 +36,13 @@ class ScoredHead(nn.Module):
         self._temperature = temperature
         self._entropy_gradient = entropy_gradient
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, targets: Tensor, kept: KeptTokens | None = None) -> tuple[Tensor, Tensor]:
         """Return ([N] logprobs of targets, [N] entropies in nats), float32. hidden: [N, H]. targets: [N] int64.
 
-        To score under a set of allowed tokens per position, pass the set through here and `_Score` and let `_log_probs` fill the
-        logits outside of it with torch.finfo(torch.float32).min. With -inf instead, 0 * -inf would make the entropy nan. The
-        gradients in `_Score.backward` then hold as they are, since the tokens outside have probability 0."""
+        kept: the set of tokens that each target was drawn from; the distribution is renormalized over it."""
         size = max(1, LOGIT_BYTES // (4 * self.weight.shape[0]))
         logprobs, entropy = _Score.apply(
-            hidden, targets, self.weight, self.bias, self._temperature, self._entropy_gradient, size
+            hidden, targets, self.weight, self.bias, kept, self._temperature, self._entropy_gradient, size
         )
         return logprobs, entropy
 
@@ -67,6 +68,7 @@ class _Score(torch.autograd.Function):
         targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        kept_tokens: KeptTokens | None,
         temperature: float,
         entropy_gradient: bool,
         size: int,
@@ -75,12 +77,12 @@ class _Score(torch.autograd.Function):
         entropy = torch.empty_like(logprobs)
         kept = None
         for rows in _chunks(len(targets), size):
-            log_probs = _log_probs(hidden[rows], weight, bias, temperature)
+            log_probs = _log_probs(hidden[rows], weight, bias, temperature, kept_tokens, rows)
             logprobs[rows] = log_probs.gather(1, targets[rows, None])[:, 0]
             entropy[rows] = -(log_probs.exp() * log_probs).sum(dim=-1)
             kept = log_probs if len(targets) <= size else None
         ctx.save_for_backward(hidden, targets, weight, bias, entropy if entropy_gradient else None, kept)
-        ctx.temperature, ctx.size = temperature, size
+        ctx.kept_tokens, ctx.temperature, ctx.size = kept_tokens, temperature, size
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -94,7 +96,9 @@ class _Score(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if weight_wanted else None
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias_wanted else None
         for rows in _chunks(len(targets), ctx.size):
-            log_probs = kept if kept is not None else _log_probs(hidden[rows], weight, bias, ctx.temperature)
+            log_probs = kept if kept is not None else _log_probs(
+                hidden[rows], weight, bias, ctx.temperature, ctx.kept_tokens, rows
+            )
             probs = log_probs.exp()
             grad = probs * -grad_logprobs[rows, None]
             if entropy is not None:
@@ -108,7 +112,7 @@ class _Score(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0, dtype=torch.float32)
         grads = (grad_hidden, None, _like(grad_weight, weight), _like(grad_bias, bias))
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
@@ -116,10 +120,31 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
     yield from (slice(first, first + size) for first in range(0, max(1, count), size))
 
 
-def _log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """Return [n, V] float32 log probabilities; the only place that turns hidden states into a distribution."""
+def _log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, kept: KeptTokens | None, rows: slice
+) -> Tensor:
+    """Return [n, V] float32 log probabilities; the only place that turns hidden states into a distribution.
+
+    kept: of all tokens, of which these are `rows`. Outside of it stands the lowest finite number: a probability of 0 all the same,
+    and no gradient, but -inf would make 0 * -inf of the entropy nan."""
     logits = functional.linear(hidden, weight, bias).float()
-    return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), dim=-1)
+    if temperature != 1.0:
+        logits = logits.div_(temperature)
+    if kept is not None:
+        logits = logits.masked_fill_(_is_cut(kept, rows, logits), torch.finfo(torch.float32).min)
+    return torch.log_softmax(logits, dim=-1)
+
+
+def _is_cut(kept: KeptTokens, rows: slice, logits: Tensor) -> Tensor:
+    """Return [n, V] bool: what is not in the sets of `rows`, on the device of logits [n, V]."""
+    ids_of, ids, bitmaps_of, bitmaps = (
+        torch.from_numpy(part).to(logits.device) for part in split_kinds(kept, rows.start, rows.start + len(logits))
+    )
+    is_cut = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
+    is_cut[ids_of, ids] = False
+    bits = bitmaps[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
+    is_cut[bitmaps_of, : kept.vocab_size] = bits.flatten(1)[:, : kept.vocab_size] == 0
+    return is_cut
 
 
 def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ import random
 import socket
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import psutil
 import torch
@@ -27,6 +28,7 @@ from qurl.config import (
     Rejection,
     SyncConfig,
 )
+from qurl.kept_tokens import pack_sets
 from qurl.types import TrainingSample
 
 VOCAB = 300
@@ -98,6 +100,18 @@ def build_samples(num_prompts=4, num_samples=3, seed=0):
                 reward=draw.uniform(0.0, 1.0),
             ))
     return samples
+
+
+def with_kept_tokens(samples, seed=0, sizes=(1, 2, 7, 40, 250, VOCAB)):
+    """The samples with a set for each trained token that holds it; ids and bitmaps, sets of one and whole vocabularies."""
+    draw = random.Random(seed)
+    found = []
+    for sample in samples:
+        tokens = [token for token, is_trained in zip(sample.token_ids, sample.loss_mask, strict=True) if is_trained]
+        others = [[other for other in range(VOCAB) if other != token] for token in tokens]
+        sets = [sorted([token, *draw.sample(o, draw.choice(sizes) - 1)]) for token, o in zip(tokens, others, strict=True)]
+        found.append(replace(sample, kept_tokens=pack_sets(tokens, sets, VOCAB)))
+    return found
 
 
 def build_learner(
