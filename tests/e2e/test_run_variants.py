@@ -10,10 +10,13 @@ from qurl.warmstart.model import make_tiny_model
 pytestmark = pytest.mark.e2e
 
 VARIANTS = {
-    "overlap_on_two_engines": ("rollout.max_staleness=2", "rollout.num_engines=2", "quantization=none", "probe.every_steps=1"),
-    "zero3_on_two_ranks_over_gloo": (
+    "overlap_on_two_engines_with_top_p": (
+        "rollout.max_staleness=2", "rollout.num_engines=2", "quantization=none", "probe.every_steps=1", "rollout.top_p=0.8",
+        "rollout.dtype=float32",
+    ),
+    "zero3_on_two_ranks_over_gloo_with_top_k": (
         "learner.num_ranks=2", "learner.zero_stage=3", "sync.transport=gloo", "rollout.engine_args.dtype=float32",
-        "probe.every_steps=2",
+        "probe.every_steps=2", "rollout.top_k=5",
     ),
     "bf16_learner_with_scaling_and_kl": (
         "learner.dtype=bfloat16", "learner.zero_stage=1", "quantization=fp8_block", "algorithm=grpo_kl",
@@ -37,8 +40,11 @@ def test_a_run_goes_through_and_a_killed_reward_process_costs_one_counted_error(
     if "overlap" in name:
         assert max(row["rollout/staleness_max"] for row in rows) > 0
         assert all(row["mismatch/quantization_kl"] == 0 for row in rows)
+        assert all(row["mismatch/engine_kl"] < 1e-8 for row in rows if "mismatch/engine_kl" in row)  # of what top_p left
+        assert all(1 < row["rollout/kept_tokens_mean"] < 300 for row in rows)
         assert all(("mismatch/staleness_kl" in row) == (row["rollout/staleness_max"] > 0) for row in rows)
     if "zero3" in name:
+        assert all(row["rollout/kept_tokens_mean"] == 5 for row in rows)
         assert [("mismatch/quantization_kl" in row) for row in rows] == [True, False, True, False]
         for row in rows[::2]:  # the learner computes what an engine in float32 does, but for the order of sums
             assert row["mismatch/engine_kl"] < 0.01 * row["mismatch/quantization_kl"]

@@ -90,7 +90,7 @@ def test_the_saved_configuration_of_a_run_composes_to_itself(tmp_path: Path) -> 
     [
         ("rollout.temprature=1", "did you mean rollout.temperature?"),
         ("+typo=1", "unknown key 'typo'"),
-        ("++rollout.typo=1", "rollout has rollout.dtype, rollout.engine_args"),
+        ("++rollout.xyz=1", "rollout has rollout.dtype, rollout.engine_args"),
         ("temperature=1", "evaluation.temperature or rollout.temperature"),
         ("quantization=int9", "use one of axbxp, axbxp_k1l3, axbxp_k2l2, fp8, fp8_block, int4, int8, lobcq, "
          "lobcq_int8, lobcq_w4a16, mxfp4, nf4, none, nvfp4"),
