@@ -207,8 +207,9 @@ def _warnings(
         rollout, most = config.rollout, max_bytes_per_token(config.rollout.top_k, vocab_size)
         tokens = rollout.num_prompts_per_step * rollout.num_samples_per_prompt * rollout.max_response_tokens
         found.append(
-            f"each token travels with those that rollout.top_p={rollout.top_p:g} and top_k={rollout.top_k} left to draw from: 4 "
-            f"bytes for each, at most {most:,} bytes, so at most {_gib(tokens * most)} an iteration; top_k bounds it"
+            f"each token travels with the set that rollout.top_p={rollout.top_p:g} and rollout.top_k={rollout.top_k} left to draw "
+            f"from: 4 bytes a member, at most {most:,} bytes a token and {tokens * most / 2**20:,.1f} MiB an iteration; a smaller "
+            "rollout.top_k bounds it"
         )
     if placement.device == "cpu":
         threads = {"engines": engines * placement.engine_threads, "learner": ranks * placement.learner_threads}

@@ -8,7 +8,17 @@ import os
 
 import pytest
 import torch
-from learner_cases import EVERYTHING, PPO, build_learner, build_samples, captured_gradients, spawn_ranks, weights_of
+from learner_cases import (
+    EVERYTHING,
+    PPO,
+    VOCAB,
+    build_learner,
+    build_samples,
+    captured_gradients,
+    spawn_ranks,
+    weights_of,
+    with_kept_tokens,
+)
 
 from qurl.config import Aggregation, AlgorithmConfig, CriticConfig, KLConfig, LearnerDtype, PolicyLossConfig, QuantizationConfig
 from qurl.errors import NonFiniteLoss
@@ -34,11 +44,9 @@ def probed_share(rank, num_ranks=2):
 
 
 def train(learner, rank, num_ranks):
-    """Two iterations of two optimizer steps; what each reported."""
-    found = []
-    for seed in (0, 1):
-        found.append(learner.train_step(split_for_ranks(build_samples(seed=seed), 2, num_ranks)[rank]).reports)
-    return found
+    """Two iterations of two optimizer steps, the second on tokens that top-p or top-k cut; what each reported."""
+    iterations = [build_samples(seed=0), with_kept_tokens(build_samples(seed=1), sizes=(5, 150, 250, VOCAB))]
+    return [learner.train_step(split_for_ranks(samples, 2, num_ranks)[rank]).reports for samples in iterations]
 
 
 def run_rank(rank, port, model_folder, folder):

@@ -379,7 +379,7 @@ def test_a_reward_module_that_ends_its_process_does_not_end_ours(needed: list[st
 def test_what_kept_tokens_cost_is_told_where_the_distribution_is_cut(needed: list[str]) -> None:
     assert not any("each token travels" in warning for warning in plan(needed).warnings)
     for override, most in (("rollout.top_p=0.9", -(-plan(needed).model.vocab_size // 8)), ("rollout.top_k=5", 20)):
-        assert any(f"at most {most} bytes" in warning for warning in plan([*needed, override]).warnings)
+        assert any(f"at most {most} bytes a token" in warning for warning in plan([*needed, override]).warnings)
 
 
 @pytest.mark.parametrize(
