@@ -17,7 +17,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     config.model.tokenizer = config.model.tokenizer and _absolute(config.model.tokenizer)
     config.critic.path = config.critic.path and _absolute(config.critic.path)
     for dataset in (config.data.train, *config.data.eval.values()):
-        dataset.path = _absolute(dataset.path)
+        paths = [_absolute(path) for path in dataset.paths]
+        dataset.path = paths if isinstance(dataset.path, list) else paths[0]
     config.reward.function = _absolute_code(config.reward.function)
     algorithm = config.algorithm
     for plug in (algorithm.advantage, algorithm.correction, algorithm.policy_loss):
@@ -46,7 +47,8 @@ def code_file(name: str) -> str:
 
 def _absolute(path: str) -> str:
     expanded = os.path.expanduser(path)
-    return os.path.abspath(expanded) if path and Path(expanded).exists() else path
+    is_pattern = any(character in path for character in "*?[")  # of the files of a data set
+    return os.path.abspath(expanded) if path and (is_pattern or Path(expanded).exists()) else path
 
 
 def _absolute_code(name: str) -> str:

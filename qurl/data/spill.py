@@ -64,6 +64,10 @@ class SpilledRow(Mapping[str, Any]):
         """The number of names."""
         return len(self._names)
 
+    def loaded(self) -> dict[str, Any]:
+        """Return all of it as a dict, read at once."""
+        return load(*self._place)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel as the place in the file."""
         return load, self._place

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from qurl.config.learner import LearnerDtype
 from qurl.config.placement import Placement, num_gpus_needed, place
 from qurl.config.run import Device, TrainConfig
+from qurl.config.transport import check_reach
 from qurl.config.validate import check_devices
 from qurl.errors import ConfigError
 from qurl.hardware import Hardware, detect, engine_dtype
@@ -76,6 +77,7 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     num_gpus = len(machine.gpus) * machine.num_nodes
     placement = place(config, num_gpus if is_known else None, machine.num_cores, machine.hidden_gpus)
     check_devices(config, Device[placement.device])
+    check_reach(config, placement.device, machine.num_nodes if is_known else None)
     dtype = engine_dtype(config.rollout.asked_dtype, placement.device, machine)
     config = replace(config, rollout=replace(config.rollout, dtype=dtype))
     size = config.rollout.tensor_parallel_size
@@ -241,7 +243,8 @@ def _warnings(
             "engine; the rest waits. rollout.engine_args.kv_cache_memory_bytes raises it"
         )
     if not is_known:
-        found.append(f"the cluster must have {num_gpus_needed(config)} GPUs free; its memory is not judged here")
+        gpus = f"must have {num_gpus_needed(config)} GPUs free; its" if placement.device == "cuda" else "is not looked at: its"
+        found.append(f"the cluster {gpus} memory is not judged here")
     return found
 
 

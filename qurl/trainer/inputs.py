@@ -15,6 +15,7 @@ from typing import Any
 
 from qurl.config import TrainConfig
 from qurl.config.paths import code_file
+from qurl.data.spill import SpilledRow
 from qurl.errors import ConfigError
 from qurl.types import Prompt
 
@@ -108,7 +109,8 @@ def _whole(prompt: Prompt) -> bytes:
 
 
 def _for_the_reward(prompt: Prompt) -> bytes:
-    told = [prompt.prompt_id, prompt.ground_truth, prompt.data_source, prompt.extra]
+    extra = prompt.extra.loaded() if isinstance(prompt.extra, SpilledRow) else prompt.extra
+    told = [prompt.prompt_id, prompt.ground_truth, prompt.data_source, extra]
     return json.dumps(told, sort_keys=True, default=str).encode()
 
 

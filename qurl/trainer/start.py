@@ -18,13 +18,13 @@ import ray
 from qurl.config import QuantizationConfig, TrainConfig
 from qurl.config.paths import shared_paths
 from qurl.config.placement import Placement, place
+from qurl.config.transport import chosen_transport
 from qurl.errors import ConfigError, one_line, remote_cause
 from qurl.learner.group import LearnerGroup
 from qurl.rewards import RewardPool
 from qurl.rollout.actor import start_engine_actor
 from qurl.rollout.pool import RolloutPool
 from qurl.shared_files import shared_files
-from qurl.sync.transports import AUTO, choose_transport
 from qurl.trainer.gpus import GpuReservation
 from qurl.trainer.interrupt import or_interrupt
 
@@ -140,7 +140,7 @@ def _learner(config: TrainConfig, placement: Placement, gpus: GpuReservation, ru
         config.critic,
         config.algorithm,
         config.quantization,
-        replace(config.sync, transport=_transport(config, placement)),
+        replace(config.sync, transport=chosen_transport(config, placement.device)),
         device=placement.device,
         temperature=config.rollout.temperature,
         engine_dtype=config.rollout.dtype,
@@ -149,14 +149,6 @@ def _learner(config: TrainConfig, placement: Placement, gpus: GpuReservation, ru
         failure_dir=run_dir / "failures",
         rank_options=lambda rank: {"num_gpus": placement.gpus_per_rank, "scheduling_strategy": gpus.of_rank(rank)},
     )
-
-
-def _transport(config: TrainConfig, placement: Placement) -> str:
-    """sync.transport, auto resolved for where engines and ranks are. Worker processes of a tensor-parallel engine on the CPU are
-    no Ray workers, so they cannot read its object store."""
-    if config.sync.transport == AUTO and placement.device == "cpu" and config.rollout.tensor_parallel_size > 1:
-        return "shared_memory"
-    return choose_transport(config.sync.transport, device=placement.device, colocate=config.cluster.colocate)
 
 
 def engine_starter(config: TrainConfig, gpus: GpuReservation, quantization: QuantizationConfig) -> Callable[[str], Any]:

@@ -48,16 +48,35 @@ def test_each_paper_recipe_shows_a_plan_for_one_node_and_for_four() -> None:
     commands = [command for command, _ in shown_plans()]
     for recipe in ("dapo", "dapo_32b", "deepscaler"):
         gpus = {shlex.split(command)[-1] for command in commands if f"recipe={recipe} " in command}
-        assert {"8x80", "4x8x80"} <= gpus
+        assert ({"8x80"} if recipe == "dapo_32b" else {"8x80", "4x8x80"}) <= gpus
         assert recipe == "dapo_32b" or "1x80" in gpus
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("recipe=deepscaler topology=gpu8 --gpus 8x80", ["auto (cuda_ipc)", "learner.num_ranks=8", "sync.transport=object_store"]),
+        ("recipe=deepscaler topology=gpu32 --gpus 4x8x80", ["auto (cuda_ipc)", "learner.num_ranks=32"]),
+        ("recipe=dapo_32b topology=gpu8_apart --gpus 8x80", ["auto (nccl)", "tensor_parallel_size=2", "transport=shared_memory"]),
+        ("recipe=dapo_32b topology=gpu32_apart --gpus 4x8x80", ["auto (nccl)", "tensor_parallel_size=2", "one node"]),
+        ("recipe=dapo_32b topology=gpu32_apart sync.transport=shared_memory --gpus 4x8x80", ["there are 4", "one node"]),
+        ("recipe=dapo_32b topology=gpu8_apart sync.transport=object_store --gpus 8x80", ["Ray's object store", "shared_memory"]),
+    ],
+)
+def test_a_layout_whose_transport_does_not_reach_every_worker_is_refused(arguments, words, model_folders, capsys) -> None:
+    model = compose([argument for argument in arguments.split() if "=" in argument]).model.path
+    assert main(["plan", f"model.path={model_folders[model]}", *arguments.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for word in ("cannot deliver weights", *words):
+        assert word in line
 
 
 GIB = 1 << 30
 
 
 @pytest.mark.parametrize(("recipe", "learner", "sequences"), [
-    (["recipe=deepscaler", "topology=gpu8"], (16 + 2, 17 + 3), (45, 47)),
-    (["recipe=dapo_32b", "topology=gpu32_apart"], (66, 69), (18, 19)),
+    (["recipe=deepscaler", "topology=gpu8", "sync.transport=object_store"], (16 + 2, 17 + 3), (45, 47)),
+    (["recipe=dapo_32b", "topology=gpu32_apart", "sync.transport=shared_memory"], (66, 69), (18, 19)),
 ])  # fmt: skip
 def test_memory_agrees_with_an_estimate_that_was_made_without_this_code(recipe, learner, sequences, model_folders) -> None:
     """A reviewer counted tensors of forward and backward by hand, GiB. 1.5B, 25,600 tokens, 8 ranks: 16 to 17, and 2 to 3 for
@@ -66,7 +85,7 @@ def test_memory_agrees_with_an_estimate_that_was_made_without_this_code(recipe, 
     config = compose(recipe)
     config.model.path = str(model_folders[config.model.path])
     gpu = Gpu(name="80 GiB", memory_bytes=int(79.2 * GIB), capability=(9, 0))
-    machine = dataclasses.replace(detect(), gpus=(gpu,) * 8, num_nodes=4, memory_bytes=UNLIMITED, hidden_gpus="")
+    machine = dataclasses.replace(detect(), gpus=(gpu,) * 32, num_nodes=1, memory_bytes=UNLIMITED, hidden_gpus="")
     plan = make_plan(config, machine)
     assert 0.97 * learner[0] <= plan.learner.on_device / GIB <= 1.03 * learner[1]
     longest = plan.stages[-1].engine if plan.stages else plan.engine

@@ -189,7 +189,7 @@ def test_zero_3_shards_the_reference_and_gathers_what_others_hold(needed: list[s
 
 
 def test_a_described_cluster_is_judged_node_by_node(needed: list[str]) -> None:
-    many = [*needed, "cluster=ray", "learner.num_ranks=16", "rollout.num_engines=8", "rollout.tensor_parallel_size=2"]
+    many = [*needed, "cluster=ray", "learner.num_ranks=16", "rollout.num_engines=16"]
     nodes = dataclasses.replace(with_gpus(8), num_nodes=4)
     with pytest.raises(ConfigError, match="need 32 GPUs, 24 found"):
         plan(many, dataclasses.replace(nodes, num_nodes=3))
