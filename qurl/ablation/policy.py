@@ -16,7 +16,7 @@ from qurl.learner.learner import Learner
 from qurl.rewards import VOTES, RewardPool
 from qurl.trainer.evaluate import dataset_metrics
 from qurl.trainer.export import latest_checkpoint
-from qurl.trainer.run import load_prompts, load_tokenizer, stop_token_ids
+from qurl.trainer.prepare import load_prompts, load_tokenizer, stop_token_ids
 from qurl.types import Prompt, Rollout, RolloutGroup, ScoredGroup
 
 BATCH = 64

@@ -11,6 +11,7 @@ from qurl.cli.overrides import add_overrides, validated
 from qurl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from qurl.config import TrainConfig
     from qurl.hardware import Hardware
 
 USABLE_PERCENT = 99
@@ -39,14 +40,34 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--host-memory {args.host_memory}: write a number of GiB >= 1, together with --gpus")
     plan = make_plan(config, _described(detect(), args.gpus, args.host_memory) if args.gpus else None)
 
+    notes = [*plan.warnings, *_tried(config, is_afar=bool(args.gpus))]
+
     from qurl.cli.plan_tables import plan_tables
 
     console = Console()
     for table in plan_tables(config, plan):
         console.print(table)
-    for warning in plan.warnings:
-        console.print(f"[yellow]note[/yellow] {warning}", highlight=False)
+    for note in notes:
+        console.print(f"[yellow]note[/yellow] {note}", highlight=False)
     return 0
+
+
+def _tried(config: TrainConfig, is_afar: bool) -> list[str]:
+    """Read data, template, tokenizer and reward as `qurl train` does before it starts; return notes about what was not tried.
+
+    is_afar: the plan is for another machine, where the model and the hub's data sets may be; what is missing here is noted, not
+    refused. A local file that does not exist is refused in any case. Raises ValueError for what cannot be used."""
+    from qurl.trainer.prepare import is_bare, not_here, prepare
+
+    if is_bare(config):
+        return ["model.path has a config.json alone, so data, template and reward were not tried"]
+    if is_afar and (missing := not_here(config)):
+        return [f"{missing} is not here, so data, template and reward were not tried"]
+    found = prepare(config)
+    held_out = sum(map(len, found.evaluation.values()))
+    longest = max(len(prompt.token_ids) for prompt in found.prompts)
+    read = f"{len(found.prompts)} training prompts of at most {longest} tokens and {held_out} of evaluation"
+    return [f"data, template and reward were tried: {read}"]
 
 
 def _described(this: Hardware, gpus: str, host_memory: int | None) -> Hardware:

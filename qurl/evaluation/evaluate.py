@@ -36,7 +36,7 @@ from qurl.quantization import FORMATS, resolved_format
 from qurl.rewards import REWARDS, VOTES, RewardPool, payable
 from qurl.rollout.request import Sampling
 from qurl.trainer.export import export_run, latest_checkpoint
-from qurl.trainer.run import check_vocabulary, load_tokenizer, stop_token_ids
+from qurl.trainer.prepare import check_vocabulary, load_tokenizer, stop_token_ids
 from qurl.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -6,25 +6,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qurl.config import TrainConfig
 from qurl.config.paths import with_absolute_paths
 from qurl.config.placement import with_engine_dtype
-from qurl.data import PromptStream, build_prompts, load_rows
+from qurl.data import PromptStream
 from qurl.errors import ConfigError, GuardStop, one_line, remote_cause
-from qurl.learner.huggingface import check_weight_files
 from qurl.observability.run_logger import RunLogger
 from qurl.observability.timeline import Timeline
-from qurl.rewards import VOTES, payable
+from qurl.rewards import VOTES
 from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.inputs import Fingerprint, fingerprints
 from qurl.trainer.interrupt import Interrupted, held_signals, on_signal
+from qurl.trainer.prepare import prepare
 from qurl.trainer.run_folder import RunFolder
 from qurl.types import Prompt, RolloutGroup
 
@@ -52,13 +51,8 @@ def run(config: TrainConfig) -> int:
         if state is not None and state["step"] == config.num_steps and not _evaluation_is_left(config, state):
             logger.warning("%s is trained for all %d steps; raise num_steps to go on", folder.path, config.num_steps)
             return EXIT_DONE
-        check_weight_files(config.model)
-        if config.algorithm.uses_critic:
-            check_weight_files(config.critic.model(config.model), "critic")
-        tokenizer = load_tokenizer(config)
-        prompts, evaluation = load_prompts(config, tokenizer)
-        stop_ids = stop_token_ids(config, tokenizer)
-        check_vocabulary(config, [stop_ids, *(p.token_ids for p in [*prompts, *chain.from_iterable(evaluation.values())])])
+        found = prepare(config)
+        tokenizer, prompts, evaluation, stop_ids = found.tokenizer, found.prompts, found.evaluation, found.stop_ids
         stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
         inputs = fingerprints(config, prompts, evaluation)
         if state is not None:
@@ -104,33 +98,6 @@ def end(error: BaseException, checkpoints: Checkpoints) -> int:
     hint = "; the same command goes on from the last checkpoint" if checkpoints.latest() else ""
     logger.error("%s%s", one_line(error), hint)  # a learner died, the disk is full: the world, not the user
     return EXIT_FAILED
-
-
-def load_tokenizer(config: TrainConfig) -> Any:
-    """The policy's tokenizer. Raises ConfigError where it cannot be loaded."""
-    from transformers import AutoTokenizer
-
-    key, path = ("model.tokenizer", config.model.tokenizer) if config.model.tokenizer else ("model.path", config.model.path)
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path}: no tokenizer could be loaded ({str(error).splitlines()[0]})") from error
-
-
-def load_prompts(config: TrainConfig, tokenizer: Any) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
-    """Training prompts and evaluation prompts by name; the reward can pay the ground truth of each, see qurl.rewards.payment."""
-
-    def load(dataset: Any, key: str) -> list[Prompt]:
-        problems = load_rows(dataset, key)
-        found = build_prompts(problems, tokenizer, config.data, key)
-        prompts = payable(config.reward, found.prompts, f"{key}.path={dataset.path}")
-        if found.num_dropped:
-            logger.warning("%s: %d of %d prompts are longer than data.max_prompt_tokens=%d and were dropped",
-                           key, found.num_dropped, len(problems), config.data.max_prompt_tokens)  # fmt: skip
-        return prompts
-
-    train = load(config.data.train, "data.train")
-    return train, {name: load(dataset, f"data.eval.{name}") for name, dataset in config.data.eval.items()}
 
 
 async def _train(
@@ -227,33 +194,3 @@ def _dynamic_sampling(config: TrainConfig) -> DynamicSampling | None:
         is_informative=partial(is_informative, config=config.algorithm),
         check=partial(check_reward_errors, max_error_fraction=config.reward.max_error_fraction),
     )
-
-
-def check_vocabulary(config: TrainConfig, token_ids: Iterable[list[int]]) -> None:
-    """Raises ConfigError where the tokenizer made tokens that the model does not have."""
-    from transformers import AutoConfig
-
-    found = AutoConfig.from_pretrained(
-        config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
-    size, largest = found.get_text_config().vocab_size, max(map(max, token_ids))
-    if largest >= size:
-        tokenizer = config.model.tokenizer or config.model.path
-        raise ConfigError(f"model.tokenizer={tokenizer} is another model's: it makes token {largest}, the vocabulary of "
-                          f"model.path={config.model.path} has {size}")  # fmt: skip
-
-
-def stop_token_ids(config: TrainConfig, tokenizer: Any) -> list[int]:
-    """The tokenizer's end of sequence and those of the model's generation config. Raises ConfigError where there is none."""
-    from transformers import GenerationConfig
-
-    found: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    try:
-        eos = GenerationConfig.from_pretrained(config.model.path, revision=config.model.revision or "main").eos_token_id
-    except OSError:  # the file is optional
-        eos = None
-    found |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
-    if not found and not config.rollout.stop_token_ids:
-        raise ConfigError(f"model.path={config.model.path!r}: neither tokenizer nor generation config names an end of sequence; "
-                          "set rollout.stop_token_ids")  # fmt: skip
-    return sorted(found)

@@ -9,7 +9,8 @@ import pytest
 from qurl.config import TrainConfig
 from qurl.errors import ConfigError, GuardStop
 from qurl.trainer.checkpoint import Checkpoints
-from qurl.trainer.run import EXIT_FAILED, EXIT_GUARD, check_vocabulary, end
+from qurl.trainer.prepare import check_vocabulary
+from qurl.trainer.run import EXIT_FAILED, EXIT_GUARD, end
 from qurl.trainer.start import naming, ray_session
 
 
