@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from qurl.algorithms import ADVANTAGES, CORRECTIONS, POLICY_LOSSES
@@ -90,8 +91,10 @@ def _check_dataset(dataset: DatasetConfig, key: str) -> None:
             elif not HUB_NAME.fullmatch(path):
                 raise ConfigError(f"{label} is neither a file nor the name of a hub dataset")
         except ValueError as error:
-            hint = "; `qurl prepare NAME` makes a recipe's data, or give a hub dataset" if "no such file" in str(error) else ""
-            raise ConfigError(f"{error}{hint}") from error
+            if "no such file" not in str(error):
+                raise ConfigError(str(error)) from error
+            remedy = "`qurl prepare NAME` makes a recipe's data, or give a hub dataset"
+            raise ConfigError(f"{label} does not exist (the current folder is {Path.cwd()}); {remedy}") from error
 
 
 def check_model(config: TrainConfig, model: ModelFacts) -> frozenset[str]:
