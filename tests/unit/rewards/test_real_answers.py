@@ -20,8 +20,6 @@ from qurl.rewards.answers import reference_answer
 DATA = Path(os.environ.get("QURL_TEST_DATA", "."))
 pytestmark = pytest.mark.skipif("QURL_TEST_DATA" not in os.environ, reason="QURL_TEST_DATA names no folder")
 
-READ_IN_PART = {r"-\frac{5}{3}.", r"\$\dfrac23 \approx \$0.67"}
-"""Of train/math.json, with a slip in the LaTeX: math-verify drops a term that is added at their end."""
 FORMS = {  # how a response states its answer
     "boxed": "so $\\boxed{{{}}}$.",
     "dapo": "so\nAnswer: {}",
@@ -78,5 +76,4 @@ def test_published_answers_are_right_and_changed_ones_wrong(name, function, tmp_
     wrong = -1.0 if function == "dapo" else 0.0
     found = [[reward.value for reward in scored.rewards] for scored in asyncio.run(run())]
     unexpected = [(answer, values) for answer, values in zip(answers, found, strict=True) if values != [1.0, wrong]]
-    known = READ_IN_PART if (name, function) == ("train/math.json", "math") else set()
-    assert all(values == [1.0, 1.0] for _, values in unexpected) and {answer for answer, _ in unexpected} == known, unexpected
+    assert not unexpected
