@@ -109,7 +109,10 @@ def _evaluate(config: Any) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from qurl.evaluation.evaluate import run_evaluation
+    from qurl.processes import ending_at_once
+
+    with ending_at_once():
+        from qurl.evaluation.evaluate import run_evaluation
     from qurl.evaluation.summary import table_rows
 
     bar = Progress(

@@ -32,6 +32,7 @@ from qurl.plan.architecture import check_head_size
 from qurl.plan.model_facts import read_model_facts
 from qurl.plan.preflight import check_engine_args, check_model
 from qurl.plug import resolve
+from qurl.processes import ending_at_once
 from qurl.quantization import FORMATS, resolved_format
 from qurl.rewards import REWARDS, VOTES, RewardPool, payable
 from qurl.rollout.request import Sampling
@@ -50,11 +51,10 @@ def run_evaluation(config: EvalConfig, progress: Progress) -> tuple[dict[str, An
     """Evaluate, or go on where an earlier process of the same command ended. Returns the results and the path of results.json.
 
     Raises ConfigError or ValueError for what the user must change, before Ray or vLLM start."""
-    validate(config)
-    asked, device = config.engine_args.get("dtype", config.dtype), "cuda" if hardware.gpus() else "cpu"
-    config = replace(config, dtype=hardware.engine_dtype(asked, device, hardware.detect()))
-    with in_options():
-        parts, checkpoint, tokenizer, prompts, stop_ids = _checked(config)
+    with ending_at_once(), in_options():  # nothing has begun
+        import qurl.trainer.start  # noqa: F401  that sampling imports; an interrupt would be lost in it
+
+        config, (parts, checkpoint, tokenizer, prompts, stop_ids) = _prepared(config)
     with Journal(output_folder(config), saved_config(config, checkpoint, prompts)) as journal:
         missing = {n: [p for p in items if (n, p.prompt_id) not in journal.done] for n, items in prompts.items()}
         total = sum(map(len, prompts.values()))
@@ -73,6 +73,14 @@ def run_evaluation(config: EvalConfig, progress: Progress) -> tuple[dict[str, An
             for name, items in prompts.items()
         }
         return results, journal.write_results(results)
+
+
+def _prepared(config: EvalConfig) -> tuple[EvalConfig, tuple[TrainConfig, str | None, Any, dict[str, list[Prompt]], list[int]]]:
+    """The configuration with the dtype that the device gets, and what _checked returns."""
+    validate(config)
+    asked, device = config.engine_args.get("dtype", config.dtype), "cuda" if hardware.gpus() else "cpu"
+    config = replace(config, dtype=hardware.engine_dtype(asked, device, hardware.detect()))
+    return config, _checked(config)
 
 
 def _checked(config: EvalConfig) -> tuple[TrainConfig, str | None, Any, dict[str, list[Prompt]], list[int]]:
