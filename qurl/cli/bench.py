@@ -112,6 +112,7 @@ def _sync_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
 
     from qurl.bench.sync import run_sync_bench
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves its processes beside anything else
     ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
     try:
         return [dataclasses.asdict(row) for row in run_sync_bench(**options)]

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+MAX_NUM_SEQS = 256
+"""Of an engine's step. vLLM alone would take 128 for an engine that is no server; a decode step costs little more with 256."""
+
+MAX_NUM_BATCHED_TOKENS = {"cuda": 8192, "cpu": 2048}
+"""Of an engine's step. On a GPU 8,192 tokens of prompts fill the matrix products; on a CPU more than 2,048 only delay decoding."""
+
 
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
@@ -34,6 +40,20 @@ class RolloutConfig:
         The tokens that were left then travel with each sampled one, and the learner renormalizes over the same ones: all logprobs,
         entropy and KL are those of the cut distribution."""
         return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that an engine computes in one step: what pool, plan and engine count. engine_args.max_num_seqs, else
+        MAX_NUM_SEQS, or fewer where engine_args.max_num_batched_tokens leaves each less than one token."""
+        asked = self.engine_args.get("max_num_seqs")
+        tokens = self.engine_args.get("max_num_batched_tokens", MAX_NUM_SEQS)
+        return int(asked) if asked is not None else min(MAX_NUM_SEQS, int(tokens))
+
+    def max_num_batched_tokens(self, device: str) -> int:
+        """Tokens that an engine computes in one step, on "cpu" or "cuda": engine_args.max_num_batched_tokens, else
+        MAX_NUM_BATCHED_TOKENS, or one for each sequence."""
+        asked = self.engine_args.get("max_num_batched_tokens")
+        return int(asked) if asked is not None else max(MAX_NUM_BATCHED_TOKENS[device], self.max_num_seqs)
 
     @property
     def asked_dtype(self) -> str:

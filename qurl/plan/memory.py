@@ -19,7 +19,6 @@ from qurl.quantization import QuantizationFormat, resolved_format
 from qurl.quantization.axbxp import AxBxP, PackedAxBxP
 from qurl.quantization.grouped import GroupedFormat
 from qurl.quantization.lobcq import LoBcq
-from qurl.rollout.pool import DEFAULT_MAX_NUM_SEQS
 from qurl.rollout.vllm_engine import CPU_KV_CACHE_BYTES
 from qurl.sync.code_changes import interval_on
 
@@ -35,7 +34,6 @@ NCCL_BYTES = 1 << 30
 """Buffers of the communicators of a rank, or of a part of an engine that is divided over GPUs; 1 to 2 GiB on eight GPUs."""
 CUDA_GRAPH_BYTES = 1 << 30
 """An engine's captured graphs."""
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 8192
 PROCESS_BYTES = 800 << 20
 """Python, torch and vLLM or DeepSpeed in one process, measured."""
 
@@ -255,7 +253,7 @@ def _workspace_bytes(config: TrainConfig, model: ModelFacts, num_sequences: int)
     log-probabilities and the sampler's copy, captured graphs."""
     rollout = config.rollout
     arguments, size = rollout.engine_args, rollout.tensor_parallel_size
-    tokens = int(arguments.get("max_num_batched_tokens", DEFAULT_MAX_NUM_BATCHED_TOKENS))
+    tokens = rollout.max_num_batched_tokens("cuda")
     layer = 2 * model.intermediate_size // size + 6 * model.hidden_size
     graphs = 0 if arguments.get("enforce_eager") else CUDA_GRAPH_BYTES
     return tokens * layer * 2 + 12 * num_sequences * model.vocab_size + graphs + (NCCL_BYTES if size > 1 else 0)
@@ -269,7 +267,7 @@ def engine_memory(
     size = rollout.tensor_parallel_size
     values = 1 if "fp8" in str(arguments.get("kv_cache_dtype", "")) else DTYPE_BYTES[rollout.asked_dtype]
     pool = arguments.get("kv_cache_memory_bytes", CPU_KV_CACHE_BYTES if device == "cpu" else None)
-    num_sequences = min(samples, int(arguments.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS)))
+    num_sequences = min(samples, rollout.max_num_seqs)
     return EngineMemory(
         weights=weight_bytes // size,
         workspace=_workspace_bytes(config, model, num_sequences) if device == "cuda" else 0,

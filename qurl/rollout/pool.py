@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 POLL_S = 2.0
 ROOM = 1.25  # samples handed to an engine, in multiples of max_num_seqs: the surplus waits inside vLLM and keeps its batch full
 STATUS_TIMEOUT_S = 2.0  # an engine that does not say sooner how many tokens it has is not waited for
-DEFAULT_MAX_NUM_SEQS = 256  # vLLM's scheduler default; rollout.engine_args.max_num_seqs overrides it
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -84,7 +83,7 @@ class RolloutPool:
         self.refresh: Callable[[Any, Callable[[], None]], Awaitable[None]] | None = None
         self.num_restarts = 0
         self._num_redispatched = 0
-        self._max_load = int(ROOM * int(config.engine_args.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS)))
+        self._max_load = int(ROOM * config.max_num_seqs)
 
     async def start(self, files: SharedFiles | None = None) -> None:
         """Start all engines side by side and wait until they answer. files: what each must see before it loads a model.

@@ -59,8 +59,14 @@ def build_engine(
     taken = CONTROLLED_ARGS & set(rollout.engine_args)
     if taken:
         raise ValueError(f"rollout.engine_args.{sorted(taken)[0]} is set by qurl itself; remove it")
-    dtype = engine_dtype(rollout.asked_dtype, "cuda" if torch.cuda.is_available() else "cpu", detect())
-    defaults: dict[str, Any] = {"max_model_len": max_model_len, "disable_log_stats": True, "dtype": dtype}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    defaults: dict[str, Any] = {
+        "max_model_len": max_model_len,
+        "disable_log_stats": True,
+        "dtype": engine_dtype(rollout.asked_dtype, device, detect()),
+        "max_num_seqs": rollout.max_num_seqs,  # said outright: vLLM's own depend on what uses it
+        "max_num_batched_tokens": rollout.max_num_batched_tokens(device),
+    }
     if rollout.tensor_parallel_size > 1:
         defaults["distributed_executor_backend"] = "mp"  # in a Ray placement group vLLM would take GPUs from Ray once more
     if not torch.cuda.is_available():

@@ -45,24 +45,46 @@ def ray_session(config: TrainConfig) -> Iterator[Path]:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.cluster.address is None:
         options |= {"address": "local", "include_dashboard": False}
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves engines and ranks beside anything else
     else:
         options |= {"address": config.cluster.address}
     try:
         _probe(config.cluster.address)
-        context: Any = ray.init(**options)
+        context: Any = _local_ray(options) if config.cluster.address is None else ray.init(**options)
     except OSError as error:
-        if config.cluster.address is None:
-            raise RuntimeError(f"a local Ray did not start: {one_line(error)}") from error
         raise ConfigError(
             f"cluster.address={config.cluster.address}: no Ray cluster answers ({one_line(error)}); start one with "
             "`ray start --head`, or use cluster.address=null"
         ) from error
+    if config.cluster.address is not None:
+        logger.info("workers of a Ray that is not ours have the niceness that it was started with, 15 by default; "
+                    "RAY_worker_niceness=0 in front of `ray start` keeps other programs from starving them")  # fmt: skip
     logs = Path(context.address_info["session_dir"]) / "logs"
     logger.info("%s holds the output of engines and learner ranks", logs)
     try:
         yield logs
     finally:
         ray.shutdown()
+
+
+def _local_ray(options: dict[str, Any]) -> Any:
+    """Start Ray, once more where it does not come up: its raylet gives its agents half a minute, which a busy machine exceeds.
+
+    Raises RuntimeError that says how busy the machine is."""
+    try:
+        return ray.init(**options)
+    except Exception as error:  # trust boundary: Ray raises a bare Exception where the raylet has died
+        logger.warning("a local Ray did not start (%s); %s; trying once more", one_line(error), _load())
+        ray.shutdown()
+    try:
+        return ray.init(**options)
+    except Exception as error:
+        told = f"a local Ray did not start: {one_line(error)}; {_load()}; start the command again when it is less busy"
+        raise RuntimeError(told) from error
+
+
+def _load() -> str:
+    return f"this machine has a load of {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores"
 
 
 def _probe(address: str | None) -> None:

@@ -1,10 +1,13 @@
 """What a run says when a part of it does not start, and with which code it ends."""
 
 import logging
+import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 
 from qurl.config import TrainConfig
 from qurl.errors import ConfigError, GuardStop
@@ -55,6 +58,28 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     check_vocabulary(config, [[0, 49], [3]])
     with pytest.raises(ConfigError, match="it makes token 50, the vocabulary of .* has 50"):
         check_vocabulary(config, [[0, 49], [50]])
+
+
+@pytest.mark.parametrize("num_failures", [0, 1, 2])
+def test_a_local_ray_has_no_niceness_and_is_tried_once_more(monkeypatch, num_failures):
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    starts = []
+
+    def init(**options):
+        starts.append((options["address"], os.environ["RAY_worker_niceness"]))
+        if len(starts) <= num_failures:
+            raise Exception("The current node timed out during startup.")  # as Ray does
+        return SimpleNamespace(address_info={"session_dir": "/session"})
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    if num_failures == 2:
+        with pytest.raises(RuntimeError, match=r"timed out during startup\.; this machine has a load of \d+ on \d+ cores"):
+            ray_session(TrainConfig()).__enter__()
+    else:
+        with ray_session(TrainConfig()) as logs:
+            assert logs == Path("/session/logs")
+    assert starts == [("local", "0")] * min(2, num_failures + 1)
 
 
 def test_a_cluster_that_does_not_answer_is_an_input_error_at_once():
