@@ -6,6 +6,8 @@ for a core spin against each other (a factor of ten and more)."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qurl import hardware
@@ -19,7 +21,8 @@ class Placement:
 
     device: str  # "cpu" or "cuda"
     engine_threads: int  # OpenMP threads of one engine
-    learner_threads: int  # of one learner rank
+    learner_threads: int  # of one learner rank, on a node with as many cores as this one
+    learner_core_share: float | None  # of a node's cores, for the ranks on it together; None: learner_threads as they are
     gpus_per_engine: float  # Ray's num_gpus; 0 on the CPU
     gpus_per_rank: float
 
@@ -52,6 +55,7 @@ def place(
         device="cuda" if on_gpu else "cpu",
         engine_threads=cluster.engine_threads or engine_threads,
         learner_threads=cluster.learner_threads or learner_threads,
+        learner_core_share=None if cluster.learner_threads else 1.0 if config.rollout.max_staleness == 0 else 0.5,
         gpus_per_engine=share * config.rollout.tensor_parallel_size if on_gpu else 0.0,
         gpus_per_rank=share if on_gpu else 0.0,
     )
@@ -88,3 +92,16 @@ def _threads(config: TrainConfig, num_cores: int) -> tuple[int, int]:
         return max(1, num_cores // engines), max(1, num_cores // ranks)
     learner = max(1, num_cores // 2 // ranks)
     return max(1, (num_cores - learner * ranks) // engines), learner
+
+
+def threads_on_nodes(nodes: Sequence[tuple[str, int]], core_share: float) -> list[int]:
+    """Return the threads of each learner rank, at least 1: `core_share` of its node's cores, divided among the node's ranks.
+
+    nodes: (node, cores of that node) of each rank. The cores of the driver's node say nothing about those of another.
+
+    Example:
+        >>> threads_on_nodes([("a", 64), ("a", 64), ("b", 16)], 0.5)
+        [16, 16, 8]
+    """
+    counts = Counter(node for node, _ in nodes)
+    return [max(1, int(cores * core_share) // counts[node]) for node, cores in nodes]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class ProbeConfig:
-    """Two more forwards of the learner over a few samples: mismatch/quantization_kl, engine_kl and staleness_kl."""
+    """Three more forwards over a few samples: mismatch/quantization_kl, engine_kl with its floor, and staleness_kl."""
 
     every_steps: int = 0  # 0: never
     start_max_kl: float | None = None  # nats between engine and learner at the start; null: what format and dtype explain

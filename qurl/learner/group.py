@@ -16,8 +16,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from qurl import hardware
 from qurl.actors import portable_errors
 from qurl.config import AlgorithmConfig, CriticConfig, LearnerConfig, ModelConfig, QuantizationConfig, SyncConfig
+from qurl.config.placement import threads_on_nodes
 from qurl.errors import remote_cause
 from qurl.learner.splitting import split_for_ranks
 from qurl.observability.metrics import Last, Metric, reduce_metrics
@@ -43,6 +45,10 @@ class LearnerRank:
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def node(self) -> tuple[str, int]:
+        """(id of this node, cores of it that may be used)."""
+        return ray.get_runtime_context().get_node_id(), hardware.num_cores()
 
     def pid(self) -> int:
         """Process id on its node."""
@@ -93,11 +99,13 @@ class LearnerGroup:
         engine_dtype: str,
         threads: int,
         seed: int,
+        core_share: float | None = None,
         failure_dir: Path | None = None,
         rank_options: Callable[[int], Mapping[str, Any]] = lambda rank: {},
     ):
-        """device: "cpu" or "cuda", one GPU per rank. threads: OpenMP threads of a rank on the CPU, >= 1. failure_dir: where
-        samples of a non-finite step go. rank_options: of its actor, by rank, over ours (e.g. num_gpus, scheduling_strategy)."""
+        """device: "cpu" or "cuda", one GPU per rank. threads: OpenMP threads of a rank, >= 1. core_share: where it is given, the
+        ranks of a node divide this share of its cores instead (threads_on_nodes). failure_dir: where samples of a non-finite step
+        go. rank_options: of its actor, by rank, over ours (e.g. num_gpus, scheduling_strategy)."""
         self._setup = _Setup(
             configs=(model, learner, critic, algorithm, quantization, sync),
             options={
@@ -105,6 +113,7 @@ class LearnerGroup:
             },
         )
         self._config = learner
+        self._core_share = core_share
         self._failure_dir = failure_dir
         self._ray_options = {
             "num_cpus": 0,  # threads are dealt out by the driver, not by Ray
@@ -132,8 +141,12 @@ class LearnerGroup:
                 files.refuse_blindness(name, host)
         [(address, port)] = await self._gather([self._ranks[0].address.remote()])
         world = {"world_size": len(self._ranks), "master_address": address, "master_port": port}
+        threads = [self._setup.options["threads"]] * len(self._ranks)
+        if self._core_share is not None:
+            nodes = await self._gather([handle.node.remote() for handle in self._ranks])
+            threads = threads_on_nodes(nodes, self._core_share)
         await self._gather([
-            handle.start.remote(self._setup.configs, {**self._setup.options, **world, "rank": rank})
+            handle.start.remote(self._setup.configs, {**self._setup.options, **world, "rank": rank, "threads": threads[rank]})
             for rank, handle in enumerate(self._ranks)
         ])
 
@@ -176,6 +189,11 @@ class LearnerGroup:
     async def load_checkpoint(self, folder: Path) -> None:
         """Continue bit for bit from save_checkpoint. Raises ValueError for a checkpoint of another kind of run."""
         await self._call_all("load_checkpoint", folder)
+
+    def release_memory(self) -> None:
+        """Have each rank give what it has cached of its GPU back, as soon as it is idle; does not wait."""
+        for handle in self._ranks:
+            handle.call.remote("release_memory")
 
     async def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face folder."""

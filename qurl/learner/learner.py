@@ -7,10 +7,12 @@ padded with empty ones, so that collectives inside forward and backward always f
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,12 +20,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, distributed, nn
 
-from qurl.algorithms import mismatch_parts, token_weights
+from qurl.algorithms import POLICY_LOSSES, mismatch_parts, token_weights
 from qurl.config import (
     AlgorithmConfig,
     CriticConfig,
     KLPlacement,
     LearnerConfig,
+    LearnerDtype,
     ModelConfig,
     QuantizationConfig,
     SyncConfig,
@@ -44,7 +47,7 @@ from qurl.learner.huggingface import copy_tokenizer, load_model
 from qurl.learner.objective import Objective
 from qurl.learner.packing import empty_micro_batch, pack, padding_fraction, spread
 from qurl.learner.policy import Policy
-from qurl.learner.probe import quantized_arithmetic
+from qurl.learner.probe import perturbed_inputs, quantized_arithmetic
 from qurl.learner.random_state import random_states, restore_random_states, seed_everything
 from qurl.learner.reward_penalty import charge_kl
 from qurl.learner.value_targets import fill_value_targets
@@ -62,6 +65,9 @@ from qurl.types import MicroBatch, TrainingSample
 
 TAG = "deepspeed"
 """Folder of the policy's engine's files in a checkpoint."""
+
+RELATIVE_ROUNDING = 1e-6
+"""By how much float32 sums in another order differ; 8 units of rounding. Coarser dtypes have their own."""
 
 WIRE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -83,6 +89,7 @@ class _MiniBatch:
     token_weights: list[Tensor]  # [B, L] float32 per micro-batch; over all ranks the loss is sum(weight * per-token loss)
     num_tokens: int  # trained ones, over all ranks
     mean_weight: float = 1.0  # of the correction, with normalize_weights
+    skipped: MicroBatch | None = None  # one of those that an empty one stands for, where all advantages of all ranks are 0
 
 
 LossOf = Callable[[_MiniBatch, int], tuple[Tensor, dict[str, Metric]]]
@@ -123,6 +130,8 @@ class Learner:
         join_process_group(rank, world_size, master_address, master_port, self.device)
         seed_everything(seed)
         weights = load_model(model)
+        compute = torch.bfloat16 if learner.dtype is LearnerDtype.bfloat16 else torch.float32
+        self._rounding = max(RELATIVE_ROUNDING, *(torch.finfo(dtype).eps for dtype in (compute, _wire_dtype(engine_dtype))))
         rounds = quantization.update_awareness is UpdateAwareness.stochastic_rounding
         targets = _targets(weights, quantization)
         self._sender = WeightSender(
@@ -142,6 +151,7 @@ class Learner:
         if algorithm.kl.coefficient:
             self._reference = initialize_frozen(Policy(load_model(model), temperature=temperature), learner, self.device)
         self._critic = Critic(critic, model, learner, self.device) if algorithm.uses_critic else None
+        self.release_memory()  # of whole models, before ranks shared them; an engine on this GPU may want it
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -157,7 +167,7 @@ class Learner:
         failure_dir: where the samples of a failing mini-batch are written.
         Raises NonFiniteLoss, on all ranks alike, before a step that is not finite is applied."""
         start = time.perf_counter()
-        steps = self._plan(mini_batches)
+        steps = self._plan(mini_batches, skips=self._gradient_is_of_advantages)
         reports = self._prepare(steps, trains_policy)
         logprobs_done = time.perf_counter()
         if self._critic is not None:
@@ -166,7 +176,10 @@ class Learner:
             reports += self._optimizer_steps("policy", self._engine, steps, self._policy_loss, failure_dir)
         reports.append({
             "policy/num_optimizer_steps": Last(len(steps) if trains_policy else 0),
-            "policy/padding_fraction": Mean(padding_fraction([batch for step in steps for batch in step.batches])),
+            "policy/num_skipped_mini_batches": Last(sum(step.skipped is not None for step in steps)),
+            "policy/padding_fraction": Mean(padding_fraction(
+                [batch for step in steps for batch in step.batches if step.skipped is None]
+            )),
         })
         timings = {"time/logprob_s": logprobs_done - start, "time/update_s": time.perf_counter() - logprobs_done}
         return StepResult(reports=reports, timings=timings)
@@ -182,31 +195,56 @@ class Learner:
             old = self._logprobs(self._engine, batch)
             with quantized_arithmetic(self.model, self._sender):
                 quantized = self._logprobs(self._engine, batch)
+            with perturbed_inputs(self.model, self._rounding), self._arithmetic_of_engines():
+                perturbed = self._logprobs(self._engine, batch)
             is_stale = spread([float(sample.weight_version < version) for sample in samples], batch) > 0
             reports.append(mismatch_parts(
                 old, quantized, batch.rollout_logprobs, batch.loss_mask, is_stale, is_quantized=not self._sender.is_fallen_back,
+                perturbed_logprobs=perturbed,
             ))
         return StepResult(reports=reports, timings={"time/probe_s": time.perf_counter() - start})
 
-    def _plan(self, mini_batches: Sequence[list[TrainingSample]]) -> list[_MiniBatch]:
-        """Pack, agree with the other ranks on the number of micro-batches, and weigh sequences over all ranks."""
+    @property
+    def _gradient_is_of_advantages(self) -> bool:
+        """Whether a mini-batch without advantages has a gradient of exactly zero. KL, entropy and a critic have gradients of their
+        own, and so may a policy loss of the user's."""
+        algorithm = self._algorithm
+        others = algorithm.kl.coefficient or algorithm.entropy_coefficient or algorithm.uses_critic
+        return not others and algorithm.policy_loss.name in POLICY_LOSSES
+
+    def _arithmetic_of_engines(self) -> AbstractContextManager[None]:
+        """What engines compute with at present: full precision in that fallback, else what is configured."""
+        return nullcontext() if self._sender.is_fallen_back else quantized_arithmetic(self.model, self._sender)
+
+    def _plan(self, mini_batches: Sequence[list[TrainingSample]], skips: bool = False) -> list[_MiniBatch]:
+        """Pack, agree with the other ranks on the number of micro-batches, and weigh sequences over all ranks.
+
+        skips: put one empty micro-batch in place of a mini-batch whose advantages are all 0, on all ranks. Its gradient is zero as
+        that of the whole would be, so the optimizer's step is the same bit for bit: moments decay, weights follow them and decay,
+        step count and learning-rate schedule go on. Forward and backward are saved, but for one forward of one micro-batch, which
+        says how far rollout is from old."""
         packed = [pack(samples, self._config.max_tokens_per_micro_batch) for samples in mini_batches]
         lengths = [[sum(sample.loss_mask) for sample in samples] for samples in mini_batches]
-        mine = [(len(batches), counts) for batches, counts in zip(packed, lengths, strict=True)]
+        advantaged = [any(any(sample.advantages) for sample in samples) for samples in mini_batches]
+        mine = [(len(batches), *rest) for batches, *rest in zip(packed, lengths, advantaged, strict=True)]
         everyone: list[Any] = [None] * self.world_size
         distributed.all_gather_object(everyone, mine)
         if len({len(theirs) for theirs in everyone}) != 1:
             raise ValueError(f"ranks were given {[len(theirs) for theirs in everyone]} mini-batches; give each the same number")
         steps = []
         for samples, batches, *theirs in zip(mini_batches, packed, *everyone, strict=True):
-            batches += [empty_micro_batch() for _ in range(max(1, *(count for count, _ in theirs)) - len(batches))]
-            weights = token_weights([n for _, counts in theirs for n in counts], self._algorithm.policy_loss)
-            first = sum(len(counts) for _, counts in theirs[: self.rank])
+            is_skipped = skips and not any(has_advantage for *_, has_advantage in theirs)
+            num_batches = max(1, *(count for count, *_ in theirs))
+            batches += [empty_micro_batch() for _ in range(num_batches - len(batches))]
+            skipped = _to(batches[0], self.device) if is_skipped else None
+            batches = [empty_micro_batch()] if is_skipped else batches
+            weights = token_weights([n for _, counts, _ in theirs for n in counts], self._algorithm.policy_loss)
+            first = sum(len(counts) for _, counts, _ in theirs[: self.rank])
             own = weights[first : first + len(samples)]
             batches = [_to(batch, self.device) for batch in batches]
             steps.append(_MiniBatch(
                 samples=samples, batches=batches, token_weights=[spread(own, batch) for batch in batches],
-                num_tokens=sum(n for _, counts in theirs for n in counts),
+                num_tokens=sum(n for _, counts, _ in theirs for n in counts), skipped=skipped,
             ))
         return steps
 
@@ -240,6 +278,11 @@ class Learner:
         logprobs, entropy = self._engine(batch.input_ids, batch.position_ids, batch.loss_mask, batch.kept_tokens)
         return self._objective.loss(batch, logprobs, entropy, step.token_weights[index], step.mean_weight)
 
+    @torch.no_grad()
+    def _report_of_skipped(self, step: _MiniBatch, batch: MicroBatch) -> dict[str, Metric]:
+        logprobs, entropy = self._engine(batch.input_ids, batch.position_ids, batch.loss_mask, batch.kept_tokens)
+        return self._objective.loss(batch, logprobs, entropy, torch.zeros_like(logprobs), step.mean_weight)[1]
+
     def _critic_loss(self, step: _MiniBatch, index: int) -> tuple[Tensor, dict[str, Metric]]:
         assert self._critic is not None
         return self._critic.loss(step.batches[index], step.num_tokens)
@@ -252,11 +295,14 @@ class Learner:
         for step in steps:
             suspects: list[str] = []
             learning_rate = engine.get_lr()[0]
+            if step.skipped is not None:
+                reports.append(self._report_of_skipped(step, step.skipped))
             for i, batch in enumerate(step.batches):
                 is_last = i == len(step.batches) - 1
                 engine.set_gradient_accumulation_boundary(is_last)
                 loss, report = loss_of(step, i)
-                reports.append(report)
+                if step.skipped is None:
+                    reports.append(report)
                 if not math.isfinite(loss.item()):
                     suspects += [step.samples[index].sample_id for index in batch.sample_indices]
                 if is_last and suspects:
@@ -340,6 +386,12 @@ class Learner:
         if self._critic is not None:
             identity["algorithm.advantage.name"] = self._algorithm.advantage.name
         return identity
+
+    def release_memory(self) -> None:
+        """Give memory of the GPU that is cached and not used back, so that an engine that shares it can start."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def export_hf(self, folder: Path) -> None:
         """Write a Hugging Face folder: weights, config and the tokenizer's files. All ranks call it; rank 0 writes."""

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qurl.sync import WeightSender
@@ -30,3 +31,22 @@ def quantized_arithmetic(model: nn.Module, sender: WeightSender) -> Iterator[Non
 def _answer(sender: WeightSender, name: str, module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
     """In place of the full-precision output."""
     return sender.linear(name, args[0], module.weight, module.bias)
+
+
+@contextmanager
+def perturbed_inputs(model: Any, relative: float) -> Iterator[None]:
+    """Inside the context token embeddings are multiplied by 1 + relative * z, z standard normal and the same in each call.
+
+    Two engines that compute the same function in another order of sums differ by about that much from the first layer on. What
+    quantized layers make of it says how far two correct engines are apart. Draws from no generator that training uses."""
+
+    def perturb(module: Any, args: Any, output: Tensor) -> Tensor:
+        generator = torch.Generator(output.device).manual_seed(0)
+        noise = torch.randn(output.shape, generator=generator, device=output.device)
+        return (output.float() * (1.0 + relative * noise)).to(output.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(perturb)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -74,6 +74,8 @@ METRICS: dict[str, str] = {
     "policy/dual_clip_fraction": "tokens with A < 0 cut by dual_clip; only where it is set",
     "policy/kl_old_current": "k3 estimate of KL(base || current), nats per token; base is old, with correction naive it is rollout",
     "policy/num_optimizer_steps": "optimizer steps of the iteration",
+    "policy/num_skipped_mini_batches": "mini-batches whose advantages were all 0: their optimizer step has a gradient of "
+    "zero, without forward and backward; entropy, mismatch and tokens are then those of one micro-batch on each rank",
     "policy/tokens": "trained tokens of the iteration",
     "policy/padding_fraction": "padding in the packed micro-batches",
     "critic/loss": "clipped value loss, mean over trained tokens; all of critic/ only with algorithm.advantage.name=gae",
@@ -94,6 +96,8 @@ METRICS: dict[str, str] = {
     "mismatch/quantization_ratio_max": "largest pi_old / pi_q of a probed token",
     "mismatch/quantization_log_ratio": "mean log pi_q - log pi_old",
     "mismatch/engine_kl": "k3 of what else the engine does otherwise than the learner; over samples of the current weights",
+    "mismatch/engine_kl_floor": "k3 between two forwards in the engines' arithmetic whose embeddings differ by a rounding: what "
+    "engine_kl is at least where engine and learner compute the same function",
     "mismatch/engine_log_ratio": "mean log pi_rollout - log pi_q over them",
     "mismatch/staleness_kl": "k3 of engine and older weights together; over samples of older weights",
     "mismatch/staleness_log_ratio": "mean log pi_rollout - log pi_q over them",

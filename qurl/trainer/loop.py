@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qurl.config import TrainConfig
@@ -25,6 +25,7 @@ from qurl.trainer.checkpoint import Checkpoints
 from qurl.trainer.guard import Guard
 from qurl.trainer.interrupt import Interrupted, or_interrupt
 from qurl.trainer.producer import Batch, Producer
+from qurl.trainer.symptoms import Symptoms
 from qurl.trainer.weights import PublishedWeights
 from qurl.types import ScoredGroup
 
@@ -52,6 +53,7 @@ class TrainingLoop:
     inputs: dict[str, Any]  # fingerprints of what the run is made from (qurl.trainer.inputs), for its checkpoints
     evaluate: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, dict[str, float]]] | None
     check_agreement: Callable[[int], Coroutine[Any, Any, None]] | None = None  # of engines and learner, at a version
+    symptoms: Symptoms = field(default_factory=Symptoms)
     _untrained: Batch | None = None
 
     async def run(self) -> None:
@@ -78,6 +80,7 @@ class TrainingLoop:
         groups, batch = await self._rollouts(step)
         sampled = batch.sampled()
         check_reward_errors(sampled, self.config.reward.max_error_fraction)
+        self.symptoms.look(step, sampled, self.config.rollout_at(step).max_response_tokens)
         reports = [rollout_metrics(sampled, version=step), self._pool_metrics(batch)]
         if self.config.stages:
             reports.append({"rollout/stage": Last(self.config.stage_at(step))})
@@ -128,7 +131,10 @@ class TrainingLoop:
         if self.guard.fallen_back or (probe.every_steps and step % probe.every_steps == 0):
             metrics = await self._timed(self.learner.probe(spread_out(samples, probe.num_samples), version=step))
         trains_policy = step >= self.config.critic.num_warmup_iterations
-        metrics |= await self._timed(self.learner.train_step(samples, trains_policy))
+        trained = await self._timed(self.learner.train_step(samples, trains_policy))
+        values = reduce_metrics([trained])
+        self.symptoms.tell_skipped(step, values, int(values.get("policy/num_optimizer_steps", 0)))
+        metrics |= trained
         return metrics | overlong_metrics(groups, self.config.algorithm.overlong, limit)
 
     async def _ask_guard(self, step: int, metrics: dict[str, float]) -> str | None:

@@ -138,7 +138,8 @@ async def _train(
     async with reserved_gpus(config, interrupt) as gpus, started_parts(
         config, run_dir, ray_logs, gpus, tokenizer, resume_from, interrupt, fallback=other if guard.fallen_back else None
     ) as (learner, pool, rewards):  # fmt: skip
-        weights = PublishedWeights(config.sync, learner, pool, partial(engine_starter, config, gpus), config.quantization, other)
+        starter = partial(engine_starter, config, gpus, learner)
+        weights = PublishedWeights(config.sync, learner, pool, starter, config.quantization, other)
 
         def sample(prompt: Prompt, step: int) -> Coroutine[Any, Any, RolloutGroup]:
             rollout = config.rollout_at(step)

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ async def started_parts(
     learner = _learner(config, placement, gpus, run_dir)
     pool = RolloutPool(
         config.rollout,
-        engine_starter(config, gpus, config.quantization if fallback is None else fallback),
+        engine_starter(config, gpus, learner, config.quantization if fallback is None else fallback),
         run_seed=config.seed,
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
     )
@@ -134,11 +134,34 @@ async def started_parts(
 
     try:
         with shared_files(run_dir, shared_paths(config)) as files:
-            await or_interrupt(asyncio.gather(start_learner(), start_pool(), rewards.start()), interrupt)
+            starting = (
+                _one_after_the_other(start_pool(), start_learner()) if shares_gpus(config, placement)
+                else _side_by_side(start_learner(), start_pool())
+            )
+            await or_interrupt(_side_by_side(starting, rewards.start()), interrupt)
         yield learner, pool, rewards
     finally:
         learner.close()
         await asyncio.gather(pool.close(), rewards.close(), return_exceptions=True)
+
+
+def shares_gpus(config: TrainConfig, placement: Placement) -> bool:
+    """Whether a learner rank and an engine are on the same GPU. vLLM measures free memory before and after a trial run and takes
+    whatever else changes in between for its own, so nothing else may start meanwhile."""
+    return config.cluster.colocate and placement.device == "cuda"
+
+
+async def _one_after_the_other(*works: Coroutine[Any, Any, None]) -> None:
+    try:
+        for work in works:
+            await work
+    finally:
+        for work in works:
+            work.close()  # of those that an error kept from their turn
+
+
+async def _side_by_side(*works: Coroutine[Any, Any, None]) -> None:
+    await asyncio.gather(*works)
 
 
 @contextlib.contextmanager
@@ -167,15 +190,32 @@ def _learner(config: TrainConfig, placement: Placement, gpus: GpuReservation, ru
         temperature=config.rollout.temperature,
         engine_dtype=config.rollout.dtype,
         threads=placement.learner_threads,
+        core_share=placement.learner_core_share,
         seed=config.seed,
         failure_dir=run_dir / "failures",
         rank_options=lambda rank: {"num_gpus": placement.gpus_per_rank, "scheduling_strategy": gpus.of_rank(rank)},
     )
 
 
-def engine_starter(config: TrainConfig, gpus: GpuReservation, quantization: QuantizationConfig) -> Callable[[str], Any]:
-    """What starts an engine of the pool."""
+def engine_starter(
+    config: TrainConfig, gpus: GpuReservation, learner: LearnerGroup, quantization: QuantizationConfig
+) -> Callable[[str], Any]:
+    """What starts an engine of the pool. Ranks that share its GPU give back what they have cached, which a successor needs."""
     placement = place(config)
+    start = _engine_starter(config, gpus, placement, quantization)
+    if not shares_gpus(config, placement):
+        return start
+
+    def start_beside_learner(engine_id: str) -> Any:
+        learner.release_memory()
+        return start(engine_id)
+
+    return start_beside_learner
+
+
+def _engine_starter(
+    config: TrainConfig, gpus: GpuReservation, placement: Placement, quantization: QuantizationConfig
+) -> Callable[[str], Any]:
     return lambda engine_id: start_engine_actor(
         config.model,
         config.rollout,

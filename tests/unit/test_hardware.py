@@ -1,13 +1,15 @@
 """GPUs that the kernel has and torch does not see."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qurl import hardware
+from qurl.config import TrainConfig
 from qurl.config.compose import compose
-from qurl.config.placement import place
+from qurl.config.placement import place, threads_on_nodes
 from qurl.doctor import Level, checks
 from qurl.errors import ConfigError
 
@@ -70,3 +72,26 @@ def test_doctor_fails_where_a_gpu_is_hidden_and_says_what_blackwell_lacks():
         gpu = hardware.Gpu(name="gpu", memory_bytes=80 << 30, capability=capability)
         [finding] = checks._precisions(dataclasses.replace(machine, gpus=(gpu,), hidden_gpus=""))
         assert finding.found.endswith(told)
+
+
+@pytest.mark.parametrize("nodes, share, expected", [
+    ([("a", 8)], 1.0, [8]),
+    ([("a", 64), ("b", 16), ("a", 64)], 1.0, [32, 16, 32]),
+    ([("a", 64), ("b", 16), ("a", 64)], 0.5, [16, 8, 16]),
+    ([("a", 2)] * 8, 0.5, [1] * 8),
+])
+def test_ranks_divide_the_cores_of_their_own_node(nodes, share, expected):
+    assert threads_on_nodes(nodes, share) == expected
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_on_the_drivers_node_that_is_what_the_plan_says(max_staleness, num_ranks):
+    config = TrainConfig()
+    config = replace(
+        config, rollout=replace(config.rollout, max_staleness=max_staleness), learner=replace(config.learner, num_ranks=num_ranks)
+    )
+    placement = place(config, num_gpus=0, num_cores=11)
+    assert threads_on_nodes([("a", 11)] * num_ranks, placement.learner_core_share) == [placement.learner_threads] * num_ranks
+    config = replace(config, cluster=replace(config.cluster, learner_threads=5))
+    assert place(config, num_gpus=0, num_cores=11).learner_core_share is None

@@ -79,3 +79,18 @@ def test_masked_tokens_do_not_matter_and_no_tokens_are_no_part():
     spoiled = [x.masked_fill(~mask, math.nan) for x in (old, quantized, rollout)]
     assert mismatch_parts(*spoiled, mask, is_stale) == mismatch_parts(old, quantized, rollout, mask, is_stale)
     assert set(mismatch_parts(old, quantized, rollout, torch.zeros_like(mask), is_stale)) == {"mismatch/quantization_ratio_max"}
+
+
+def test_the_floor_is_the_k3_distance_of_two_quantized_forwards_over_fresh_tokens():
+    draw = torch.Generator().manual_seed(5)
+    old, quantized, rollout, perturbed = (-torch.rand(2, 6, generator=draw).double() for _ in range(4))
+    mask, is_stale = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 0], is_stale[1] = False, True
+    for is_quantized, held in ((True, quantized), (False, old)):
+        found = mismatch_parts(old, quantized, rollout, mask, is_stale, is_quantized, perturbed_logprobs=perturbed)
+        ratios = [(held - perturbed)[0, t].item() for t in range(1, 6)]
+        expected = sum(math.exp(r) - 1 - r for r in ratios) / 5
+        assert found["mismatch/engine_kl_floor"].value == pytest.approx(expected, rel=1e-5)
+    assert "mismatch/engine_kl_floor" not in mismatch_parts(old, quantized, rollout, mask, is_stale)
+    all_stale = torch.ones_like(mask)
+    assert "mismatch/engine_kl_floor" not in mismatch_parts(old, quantized, rollout, mask, all_stale, perturbed_logprobs=perturbed)

@@ -115,7 +115,8 @@ def with_kept_tokens(samples, seed=0, sizes=(1, 2, 7, 40, 250, VOCAB)):
 
 
 def build_learner(
-    folder, *, algorithm=None, critic=None, quantization=None, temperature=1.0, rank=0, world_size=1, port=0, **learner
+    folder, *, algorithm=None, critic=None, quantization=None, temperature=1.0, engine_dtype="float32", rank=0, world_size=1,
+    port=0, **learner
 ):
     """A Learner; further keywords are those of LearnerConfig."""
     from qurl.learner.learner import Learner
@@ -124,7 +125,7 @@ def build_learner(
     return Learner(
         ModelConfig(path=str(folder)), LearnerConfig(**options), critic or CriticConfig(), algorithm or AlgorithmConfig(),
         quantization or QuantizationConfig(), SyncConfig(),
-        rank=rank, world_size=world_size, master_port=port, temperature=temperature,
+        rank=rank, world_size=world_size, master_port=port, temperature=temperature, engine_dtype=engine_dtype,
     )
 
 

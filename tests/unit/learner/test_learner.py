@@ -397,3 +397,42 @@ def test_offloading_to_host_memory_trains_the_same_weights(model_folder, stage, 
         found.append(weights_of(learner))
     for name, weight in found[0].items():
         torch.testing.assert_close(found[1][name], weight, rtol=relative, atol=1e-6, msg=name)
+
+
+def without_advantages(samples):
+    return [dataclasses.replace(sample, advantages=[0.0] * len(sample.advantages)) for sample in samples]
+
+
+@pytest.mark.parametrize("zero_stage, dtype", STAGES_AND_DTYPES)
+def test_mini_batches_without_advantages_are_skipped_and_the_optimizer_steps_all_the_same(model_folder, zero_stage, dtype):
+    found = []
+    for skips in (True, False):
+        learner = build_learner(
+            model_folder, zero_stage=zero_stage, dtype=dtype, weight_decay=0.1, warmup_steps=5, max_tokens_per_micro_batch=32,
+            learning_rate=1e-2,
+        )
+        learner.train_step([SAMPLES])  # from here on the optimizer has moments
+        if not skips:  # a term that forbids it; the loss itself has none
+            learner._algorithm = dataclasses.replace(learner._algorithm, entropy_coefficient=1.0)
+        backwards = []
+        learner.model.model.embed_tokens.weight.register_hook(lambda _, calls=backwards: calls.append(1))
+        before = weights_of(learner)
+        metrics = metrics_of(learner.train_step([without_advantages(SAMPLES[:6]), SAMPLES[6:], without_advantages(SAMPLES)]))
+        assert metrics["policy/num_skipped_mini_batches"] == (2 if skips else 0)
+        assert metrics["policy/num_optimizer_steps"] == 3 and learner.num_optimizer_steps == 4
+        assert metrics["policy/learning_rate"] == pytest.approx(1e-2 * 4 / 5) and metrics["mismatch/kl_rollout_old"] > 0
+        found.append((weights_of(learner), metrics["policy/grad_norm"], len(backwards)))
+    assert all(torch.equal(weight, found[1][0][name]) for name, weight in found[0][0].items())
+    assert found[0][1] == found[1][1]
+    assert found[0][2] < found[1][2], "backward runs for the mini-batch in the middle and two empty micro-batches"
+    assert not torch.equal(before["model.norm.weight"], found[0][0]["model.norm.weight"])
+
+
+@pytest.mark.parametrize("algorithm", [
+    AlgorithmConfig(kl=KLConfig(coefficient=0.1)), AlgorithmConfig(entropy_coefficient=0.1), EVERYTHING,
+    AlgorithmConfig(policy_loss=PolicyLossConfig(name="qurl.algorithms.policy_losses:ppo_clip")),
+])
+def test_terms_that_need_no_advantage_are_trained_without_any(model_folder, algorithm):
+    learner = build_learner(model_folder, algorithm=algorithm)
+    metrics = metrics_of(learner.train_step([without_advantages(SAMPLES)]))
+    assert metrics["policy/num_skipped_mini_batches"] == 0 and metrics["policy/tokens"] == sum(sum(s.loss_mask) for s in SAMPLES)

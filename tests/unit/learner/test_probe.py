@@ -136,6 +136,31 @@ def test_every_layer_has_the_precision_that_the_engines_give_it(model_folder):
     assert found["mismatch/quantization_kl"] > 1e-3 and found["mismatch/engine_kl"] < 0.05 * found["mismatch/quantization_kl"]
 
 
+def test_the_floor_is_what_rounding_makes_of_two_engines_with_the_same_codes(model_folder):
+    """A second engine whose embeddings differ in their last bits stands for other kernels: its engine_kl is about the floor."""
+    found = {}
+    for format in ("none", "int8"):
+        quantization = QuantizationConfig(format=format)
+        learner = build_learner(model_folder, quantization=quantization, temperature=TEMPERATURE)
+        engine = engine_model(lambda name, format=format: format == "int8", scaled=False)
+        embedding = engine.get_input_embeddings()
+        noise = 1e-6 * torch.randn(embedding.weight.shape, generator=torch.Generator().manual_seed(9))
+        embedding.register_forward_hook(lambda module, args, output, noise=noise: output * (1 + noise[args[0]]))
+        found[format] = reduce_metrics(learner.probe(sampled_by(engine, SAMPLES), 0).reports)
+    assert 0 <= found["none"]["mismatch/engine_kl_floor"] < 1e-9, "float32 does not amplify"
+    floor, engine_kl = found["int8"]["mismatch/engine_kl_floor"], found["int8"]["mismatch/engine_kl"]
+    assert 0 < floor < found["int8"]["mismatch/quantization_kl"]
+    assert floor / 30 < engine_kl < 30 * floor, "a few activations in a tiny model change their code, so the two are only alike"
+
+
+def test_where_the_engines_are_in_bfloat16_the_floor_is_that_of_bfloat16(model_folder):
+    floors = []
+    for dtype in ("float32", "bfloat16"):
+        learner = build_learner(model_folder, quantization=QuantizationConfig(format="int8"), engine_dtype=dtype)
+        floors.append(reduce_metrics(learner.probe(SAMPLES, 0).reports)["mismatch/engine_kl_floor"])
+    assert floors[1] > 10 * floors[0]
+
+
 @pytest.mark.parametrize("format", ["int8", "fp8", "fp8_block"])
 def test_a_probe_leaves_no_trace_in_training(model_folder, format):
     quantization = QuantizationConfig(format=format)
