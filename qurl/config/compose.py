@@ -33,6 +33,13 @@ from qurl.errors import ConfigError
 YAML_SUFFIXES = (".yaml", ".yml")
 SECTIONS = frozenset({"data.eval"})  # dictionary fields whose entries are sections of the configuration, of which none can be null
 _MISSING = object()
+OTHER_NAMES = {
+    "wandb": "logging.wandb (disabled, offline or online)",
+    "tensorboard": "logging.wandb=offline",
+    "trainer": "num_steps or learner",
+    "actor_rollout_ref": "learner, rollout or model",
+}
+"""What other frameworks call a section -> what is meant here."""
 
 
 def assets_dir(name: str) -> Path:
@@ -75,6 +82,8 @@ def _store_schema() -> None:
 
 def _parse(line: str) -> Override:
     """One override by Hydra's grammar; its errors do not name the override."""
+    if "=" not in line and line.endswith(YAML_SUFFIXES):
+        raise ConfigError(f"cannot read {line!r} by itself; write recipe={line} for a configuration file")
     try:
         override = OverridesParser.create().parse_override(line)
     except HydraException as error:
@@ -94,7 +103,10 @@ def _check_keys(parsed: list[Override]) -> None:
         if key in groups:
             _check_option(key, str(override.value()))
         elif key == "quantization.format":
-            raise ConfigError(f"{override.input_line} is another option's; use quantization={override.value()}")
+            options = group_options("quantization")
+            if override.value() in options:
+                raise ConfigError(f"{override.input_line} is another option's; use quantization={override.value()}")
+            raise ConfigError(f"{override.input_line} is unknown; use quantization= with one of {', '.join(options)}")
         elif key not in valid | groups and _dict_field(key) is None:
             raise ConfigError(f"{override.input_line}: unknown key {key!r}{_near(key, valid | groups)}")
 
@@ -184,6 +196,8 @@ def _dict_field(key: str, kind: Any = TrainConfig, prefix: str = "") -> str | No
 
 def _near(key: str, valid: set[str]) -> str:
     """'; did you mean ...': the same name elsewhere, a similar one in the section, or else all keys of the section."""
+    if key.partition(".")[0] in OTHER_NAMES:
+        return f"; did you mean {OTHER_NAMES[key.partition('.')[0]]}?"
     section, _, leaf = key.rpartition(".")
     section = section if section in valid else ""
     siblings = sorted(k for k in valid if k.rpartition(".")[0] == section)
@@ -191,6 +205,8 @@ def _near(key: str, valid: set[str]) -> str:
     near = [k for k in near if difflib.SequenceMatcher(None, k.rpartition(".")[2], leaf).ratio() >= 0.6]
     near += [k for k in sorted(valid) if k.rpartition(".")[2] == leaf and k not in near]
     near += [k for k in difflib.get_close_matches(key, sorted(valid), n=2, cutoff=0.85) if k not in near]
+    leaves = {k.rpartition(".")[2]: k for k in sorted(valid, reverse=True)}
+    near += [leaves[name] for name in difflib.get_close_matches(leaf, sorted(leaves), n=1, cutoff=0.85) if not near]
     if near:
         return f"; did you mean {' or '.join(near[:3])}?"
     return f"; {section or 'the configuration'} has {', '.join(siblings)}"
