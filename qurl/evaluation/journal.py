@@ -89,11 +89,19 @@ class Journal:
             raise ConfigError(f"--out {self.folder} is no folder of an evaluation, but has a {CONFIG}; use another")
         now = json.loads(json.dumps(self._config))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
+            if before.get(key) == now.get(key):
+                continue
+            if key == "problems":  # hashes, which say nothing to a person
+                stored, found = before.get(key) or {}, now.get(key) or {}
+                changed = ", ".join(name for name in sorted(stored | found) if stored.get(name) != found.get(name))
                 raise ConfigError(
-                    f"{key}={now.get(key)}: the evaluation in {self.folder} was started with {before.get(key)}; "
-                    "go on with the same arguments or use another --out"
+                    f"--out {self.folder}: {changed} asks other problems there or words them otherwise (data, prompt, template or "
+                    "tokenizer changed); use another --out"
                 )
+            raise ConfigError(
+                f"{key}={now.get(key)}: the evaluation in {self.folder} was started with {before.get(key)}; "
+                "go on with the same arguments or use another --out"
+            )
 
     def _write_config(self) -> None:
         partial = self.folder / f".{CONFIG}"

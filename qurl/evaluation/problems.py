@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def parts_config(config: EvalConfig) -> TrainConfig:
     run = is_run(config.model)
     return TrainConfig(
         seed=config.seed,
-        model=load_config(Path(config.model) / "config.yaml").model if run else ModelConfig(path=config.model),
+        model=_model_of_run(Path(config.model).expanduser()) if run else ModelConfig(path=config.model),
         quantization=QuantizationConfig(
             format=config.format, ignore=config.ignore, precision=config.precision, codebooks=config.codebooks,
             rotation=config.rotation,
@@ -43,6 +44,22 @@ def parts_config(config: EvalConfig) -> TrainConfig:
         ),
         data=DataConfig(max_prompt_tokens=config.max_prompt_tokens, overlong_prompts=OverlongPrompts.error),
     )  # fmt: skip
+
+
+def _model_of_run(folder: Path) -> ModelConfig:
+    """Return the model of a run; a relative path of it was meant from the folder in which the run was started.
+
+    That folder is the one from which output_dir and run_name lead to the run."""
+    run = load_config(folder / "config.yaml")
+    tail = Path(run.output_dir, run.run_name)
+    if tail.is_absolute() or folder.resolve().parts[-len(tail.parts) :] != tail.parts:
+        return run.model
+    start = folder.resolve().parents[len(tail.parts) - 1]
+
+    def found(path: str) -> str:
+        return str(start / path) if (start / path).is_dir() else path
+
+    return replace(run.model, path=found(run.model.path), tokenizer=run.model.tokenizer and found(run.model.tokenizer))
 
 
 def is_run(model: str) -> bool:
