@@ -56,7 +56,7 @@ def test_a_damaged_line_in_the_middle_is_refused_by_number(tmp_path):
 
 @pytest.mark.parametrize(
     ("changed", "told"),
-    [({"temperature": 1.0}, "temperature=1.0: .* was started with 0.6"), ({"problems": {"amc23": "cd"}}, "amc23 asks other problems")],
+    [({"temperature": 1.0}, "temperature=1.0: .* was started with 0.6"), ({"problems": {"amc23": "cd"}}, "amc23 asks other")],
 )
 def test_another_configuration_in_the_same_folder_is_refused_with_the_key(tmp_path, changed, told):
     with Journal(tmp_path, CONFIG) as journal:
