@@ -53,7 +53,7 @@ def engine_dtype(asked: str, device: str, machine: Hardware) -> str:
     """The dtype of what engines do not quantize; the one place where "auto" is resolved. device: "cpu" or "cuda".
 
     auto is bfloat16, but float32 on a CPU that is known to lack instructions for it, where emulated products cost a batch
-    more than reading twice the bytes does (README, "Results"), and float16 on a GPU before Ampere, for which vLLM refuses bfloat16."""
+    more than reading twice the bytes does (README, "Results"), and float16 on a GPU before Ampere: vLLM refuses bfloat16 there."""
     if asked != "auto":
         return asked
     if device == "cpu":
