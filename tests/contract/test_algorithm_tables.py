@@ -107,4 +107,4 @@ def test_an_unknown_name_is_refused_with_the_known_ones(table):
 def test_algorithms_import_where_only_torch_is_installed():
     heavy = ["vllm", "ray", "deepspeed", "transformers", "rich", "wandb", "matplotlib", "hydra", "omegaconf", "yaml"]
     code = f"import sys; sys.modules.update(dict.fromkeys({heavy!r})); import qurl.algorithms, qurl.observability.metrics"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -96,4 +96,5 @@ def test_a_mistyped_command_answers_without_torch_ray_or_vllm() -> None:
         "import sys; from qurl.cli.main import main; code = main(['plan', 'rollout.temprature=1']);"
         "heavy = {'torch', 'ray', 'vllm', 'deepspeed', 'transformers'} & set(sys.modules); assert code == 2 and not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -151,7 +151,7 @@ REFUSED_TOGETHER = [
 
 
 def test_the_defaults_validate() -> None:
-    validate(compose(NEEDED))
+    assert validate(compose(NEEDED)) is None  # raises ConfigError for what cannot run
 
 
 @pytest.mark.parametrize(("override", "told"), REFUSED)
@@ -171,7 +171,8 @@ def test_a_pair_that_contradicts_itself_is_refused(overrides: list[str], told: s
 
 def test_what_needs_no_group_runs_with_one_sample_per_prompt() -> None:
     for algorithm in ("reinforce_plus_plus", "ppo"):
-        validate(compose([*NEEDED, f"algorithm={algorithm}", "rollout.num_samples_per_prompt=1"]))
+        one = compose([*NEEDED, f"algorithm={algorithm}", "rollout.num_samples_per_prompt=1"])
+        assert validate(one) is None  # raises ConfigError for what cannot run
 
 
 def test_the_transports_are_those_that_exist() -> None:

@@ -37,7 +37,8 @@ def test_a_tied_head_is_not_missing(tmp_path):
 
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
     Qwen2ForCausalLM(Qwen2Config(vocab_size=40, tie_word_embeddings=True, **shape)).save_pretrained(tmp_path)
-    load_model(ModelConfig(path=str(tmp_path)))
+    model = load_model(ModelConfig(path=str(tmp_path)))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,7 @@ def test_byte_permutes_and_gathers_multiply_the_same_codewords(ptx, format):
 
 
 def test_a_compiler_is_told_the_shapes_and_types_that_come():
+    """opcheck raises where the declared shapes, dtypes or schema differ from what the operation returns."""
     format = FORMATS["lobcq"]
     _, stacked = fused(format, [5], 128)
     x, table = normal(3, 128), nearest_codewords(format.codebooks.activations)

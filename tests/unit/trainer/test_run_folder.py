@@ -53,8 +53,8 @@ def test_resuming_with_another_setting_names_the_key_and_both_values(tmp_path):
 
 def test_a_longer_run_is_the_same_run(tmp_path):
     begun(config(tmp_path))
-    with RunFolder(config(tmp_path, num_steps=999)):
-        pass
+    with RunFolder(config(tmp_path, num_steps=999)) as folder:
+        assert folder.path == tmp_path / "r"
 
 
 def test_a_damaged_configuration_of_the_run_is_an_input_error_and_leaves_no_lock(tmp_path):
