@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 from forked import Forked
+from warm import WarmWorkers
 
 _numbers = itertools.count()
 
@@ -30,16 +31,25 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def warm_workers(tmp_path_factory) -> Iterator[WarmWorkers]:
+    workers = WarmWorkers(tmp_path_factory.mktemp("warm"))
+    yield workers
+    workers.close()
+
+
 @dataclass(frozen=True)
 class CommandLine:
     """`qurl` started in the workspace; every process carries a mark, so that tests find its children and nobody else's."""
 
     folder: Path
     mark: str
+    workers: WarmWorkers
 
     def start(self, *args: str, **env: str) -> Forked:
         output = self.folder / f"output-{next(_numbers)}.txt"
-        return Forked(args, self.folder, {**os.environ, "QURL_TEST_MARK": self.mark, **env}, output)
+        environment = {**os.environ, "QURL_TEST_MARK": self.mark, **self.workers.environment, **env}
+        return Forked(args, self.folder, environment, output, self.workers.executable)
 
     def run(self, *args: str, **env: str) -> tuple[int, str]:
         process = self.start(*args, **env)
@@ -93,5 +103,5 @@ def wait_until(holds: Callable[[], bool], process: Forked) -> None:
 
 
 @pytest.fixture
-def command_line(workspace, request) -> CommandLine:
-    return CommandLine(folder=workspace, mark=request.node.name)
+def command_line(workspace, warm_workers, request) -> CommandLine:
+    return CommandLine(folder=workspace, mark=request.node.name, workers=warm_workers)

@@ -1,7 +1,7 @@
 """Command lines in processes that are forked from one which has imported what they need.
 
-Interpreters and imports are most of what a run of a few seconds costs, and a suite starts dozens. What Ray starts for a run comes
-from the executable as ever."""
+Interpreters and imports are most of what a run of a few seconds costs, and a suite starts dozens. `executable` is what Ray starts
+its workers with: see warm.py."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _server.set_forkserver_preload(PRELOADED)
 class Forked:
     """`qurl` with some arguments, as far as tests use a Popen. Output, errors included, goes to the file `output`."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], output: Path) -> None:
+    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], output: Path, executable: Path) -> None:
         self.output = output
         before = {name: os.environ.get(name) for name in START}
         os.environ.update(START)  # for the server, which the first process starts
-        self._process = _server.Process(target=_run, args=(list(arguments), str(folder), {**environment, **START}, str(output)))
+        self._process = _server.Process(target=_run, args=(list(arguments), str(folder), {**environment, **START}, str(output), str(executable)))
         self._process.start()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -58,11 +58,12 @@ class Forked:
         return self.output.read_text(), None
 
 
-def _run(arguments: list[str], folder: str, environment: dict[str, str], output: str) -> None:
+def _run(arguments: list[str], folder: str, environment: dict[str, str], output: str, executable: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, folder)
+    sys.executable = executable
     with open(output, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -27,8 +27,8 @@ def numbers(rows):
 
 
 @pytest.fixture(scope="module")
-def unbroken(workspace):
-    command_line = CommandLine(folder=workspace, mark="unbroken")
+def unbroken(workspace, warm_workers):
+    command_line = CommandLine(folder=workspace, mark="unbroken", workers=warm_workers)
     code, output = command_line.run(*command_line.train("unbroken", *EVALUATED))
     assert code == 0, output
     return command_line.metrics("unbroken")
