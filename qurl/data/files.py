@@ -47,7 +47,7 @@ def files_of(path: str, label: str) -> list[Path]:
 def _check_file(file: Path, label: str) -> None:
     if file.is_dir():
         suffixes = sorted({kind for entry in file.iterdir() if (kind := kind_of(entry)[0]) in READERS})
-        shards = f", or {file}/*{suffixes[0]} for all of its {suffixes[0]} files" if suffixes else ""
+        shards = f", or {file / f'*{suffixes[0]}'} for all of its {suffixes[0]} files" if suffixes else ""
         raise ValueError(f"{label}: it is a folder; name a file in it{shards}")
     suffix, compression = kind_of(file)
     if suffix not in READERS or (compression and suffix not in TEXT_READERS):

@@ -77,12 +77,12 @@ def make_plan(config: TrainConfig, machine: Hardware | None = None) -> RunPlan:
     num_gpus = len(machine.gpus) * machine.num_nodes
     placement = place(config, num_gpus if is_known else None, machine.num_cores, machine.hidden_gpus)
     check_devices(config, Device[placement.device])
-    check_reach(config, placement.device, machine.num_nodes if is_known else None)
     dtype = engine_dtype(config.rollout.asked_dtype, placement.device, machine)
     config = replace(config, rollout=replace(config.rollout, dtype=dtype))
     size = config.rollout.tensor_parallel_size
     if is_known and placement.device == "cuda" and size > len(machine.gpus):
         raise ConfigError(f"rollout.tensor_parallel_size={size}: an engine stays on a node, whose GPUs are {len(machine.gpus)}")
+    check_reach(config, placement.device, machine.num_nodes if is_known else None)
     model = read_model_facts(config.model)
     check_head_size(model.head_dim, placement.device)
     targets = check_model(config, model)

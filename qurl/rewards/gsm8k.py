@@ -17,6 +17,7 @@ NUMBER = re.compile(
 BEFORE = re.compile(r"(?:[0-9A-Za-z)}]\s?[*/^:\u00d7+]\s?-?|[\^_{])\Z")  # a number is part of an expression after this,
 AFTER = re.compile(r"\s?[*/^:\u00d7+]\s?-?[0-9(\\a-zA-Z]|-[0-9]|[xyzn](?![a-zA-Z])|[\^_]")  # or in front of this
 MAX_DIGITS = 1000
+TAIL = 8 * MAX_DIGITS  # characters in which the last number is looked for first
 FRACTION = re.compile(r"(-?[0-9]{1,30})\s?/\s?([0-9]{1,30})")
 WRAPPED = re.compile(r"\\(?:boxed|fbox|text|mathrm|mathbf|textbf)\s?\{([^{}]*)\}|\*\*")
 """A box or a font around the number, bold in Markdown."""
@@ -54,8 +55,10 @@ def _number(response: str) -> Fraction | None:
     fraction = re.search(r"(?<![0-9.,/^*+:)-])-?[0-9]{1,30}\s?/\s?[0-9]{1,30}(?![0-9/^*+:(]|[.,][0-9])(?=[^0-9]*\Z)", text[-200:])
     if fraction:
         return _fraction(fraction[0])
-    numbers = list(NUMBER.finditer(text))
-    return _value(numbers[-1]) if numbers else None
+    for part in (text[-TAIL:], text):  # a last number that the cut goes through is longer than any that counts
+        if numbers := list(NUMBER.finditer(part)):
+            return _value(numbers[-1])
+    return None
 
 
 def _plain(text: str) -> str:

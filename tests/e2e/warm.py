@@ -67,8 +67,8 @@ class WarmWorkers:
 
 def serve(listener: socket.socket) -> None:
     """Fork a worker for every client, until standard input ends."""
+    sys.modules["ray"] = None  # type: ignore[assignment]  # its library reads the environment once, when it is loaded
     import deepspeed  # noqa: F401
-    import ray._private.worker  # noqa: F401
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
     import vllm.model_executor.models.qwen2
     import vllm.v1.engine.llm_engine
@@ -78,6 +78,7 @@ def serve(listener: socket.socket) -> None:
     import qurl.rollout.vllm_engine
     import qurl.vllm_plugin.installer  # noqa: F401
 
+    del sys.modules["ray"]
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
     while True:
@@ -89,9 +90,6 @@ def serve(listener: socket.socket) -> None:
 
 
 def _become_worker(client: socket.socket) -> None:
-    from ray._private.runtime_env.context import RuntimeEnvContext
-    from ray._private.utils import update_envs
-
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     head, descriptors, _, _ = socket.recv_fds(client, 8, 3)
     request = b""
@@ -111,6 +109,9 @@ def _become_worker(client: socket.socket) -> None:
             context = value
         elif name != "--language":
             worker.append(argument)
+    from ray._private.runtime_env.context import RuntimeEnvContext  # only now, with its own environment
+    from ray._private.utils import update_envs
+
     update_envs(RuntimeEnvContext.deserialize(context).env_vars)
     sys.argv = worker
     sys.path[:0] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry not in sys.path]

@@ -113,8 +113,8 @@ def test_a_value_that_is_not_finite_becomes_null_and_is_named_in_the_log(new_log
 
 
 def test_a_key_outside_of_the_table_is_refused(new_logger):
-    with pytest.raises(KeyError, match="reward/maen"):
-        new_logger().log_step(0, {"reward/maen": 0.5})
+    with pytest.raises(KeyError, match="policy/lsos"):
+        new_logger().log_step(0, {"policy/lsos": 0.5})
 
 
 def test_log_txt_has_our_information_and_the_warnings_of_others(new_logger, tmp_path):

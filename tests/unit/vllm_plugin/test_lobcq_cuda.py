@@ -31,7 +31,8 @@ def loaded(name, kernel=None, layer=None, seed=0, rotation=0):
 
 
 @pytest.mark.parametrize("name", ["lobcq", "lobcq_int8", "lobcq_w4a16"])
-def test_layers_on_a_gpu_get_the_kernel_and_layers_on_a_cpu_do_not(name):
+def test_layers_on_a_gpu_get_the_kernel_and_layers_on_a_cpu_do_not(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for device, is_for_gpus in (("cuda", True), ("cpu", False)):
         shape = LayerShape(partitions=PARTITIONS, columns=COLUMNS, dtype=torch.bfloat16, device=torch.device(device))
         assert isinstance(select_kernel(FORMATS[name], nn.Module(), shape), CudaLoBcq) is is_for_gpus
