@@ -1,6 +1,7 @@
 # make quickstart   install, prepare, train a small model by RLVR on INT8 rollouts, write the report (about ten minutes on two cores)
 # make ablation     every correction, INT8 and MXFP4 rollouts, 3 seeds, one page (80 to 100 minutes on two cores)
 # make test         unit and end-to-end tests;  make check: lint, types, layers, unit tests
+# make matrix       train every architecture of the README's table for two iterations, unquantized and in INT8
 
 SHELL := /bin/bash
 # Each process that compiles a module writes its bytecode, so that the next one need not.
@@ -8,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 QURL := .venv/bin/qurl
 PYTHON := .venv/bin/python
 
-.PHONY: help setup quickstart ablation test unit e2e lint check lock bench clean
+.PHONY: help setup quickstart ablation test unit e2e matrix lint check lock bench clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -33,6 +34,9 @@ unit: setup
 
 e2e: setup
 	RAY_worker_niceness=0 $(PYTHON) -m pytest -q -n 2 --dist loadfile --durations=10 tests/e2e tests/cluster
+
+matrix: setup
+	RAY_worker_niceness=0 $(PYTHON) -m pytest -q -n 2 -m matrix tests/e2e
 
 lint: setup
 	.venv/bin/ruff check .

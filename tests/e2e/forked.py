@@ -24,11 +24,14 @@ _server.set_forkserver_preload(PRELOADED)
 class Forked:
     """`qurl` with some arguments, as far as tests use a Popen. Output, errors included, goes to the file `output`."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], output: Path, executable: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], output: Path, executable: Path
+    ) -> None:
         self.output = output
         before = {name: os.environ.get(name) for name in START}
         os.environ.update(START)  # for the server, which the first process starts
-        self._process = _server.Process(target=_run, args=(list(arguments), str(folder), {**environment, **START}, str(output), str(executable)))
+        given = (list(arguments), str(folder), {**environment, **START}, str(output), str(executable))
+        self._process = _server.Process(target=_run, args=given)
         self._process.start()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
