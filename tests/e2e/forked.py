@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PRELOADED = ["qurl.cli.train", "qurl.trainer.run", "qurl.trainer.start", "transformers.models.auto.tokenization_auto", "ray"]
-START = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-"""Read when torch is imported."""
+START = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", "RAY_AUTH_MODE": "disabled"}
+"""Read when torch and Ray are imported, whatever a test of the same process has left in its environment."""
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(PRELOADED)

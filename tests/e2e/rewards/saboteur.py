@@ -24,8 +24,9 @@ def _is_victim(process: psutil.Process) -> bool:
     victim = os.environ["QURL_TEST_VICTIM"]  # "reward" or the class of a Ray actor, which Ray makes its process title
     if victim == "reward":
         return process.pid == os.getpid()
+    forked = Path(os.environ["QURL_TEST_WARM_SOCKET"]).with_name(f"mark-{process.pid}")  # see warm.py
     try:
-        marked = process.environ().get("QURL_TEST_MARK") == os.environ["QURL_TEST_MARK"]
+        marked = forked.exists() and forked.read_text() == os.environ["QURL_TEST_MARK"]
         return marked and f"ray::{victim}" in " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
