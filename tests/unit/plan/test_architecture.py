@@ -37,7 +37,7 @@ def check(name, attn_implementation="sdpa"):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_what_is_trained_by_the_matrix_is_accepted(name):
-    check(name)
+    check(name)  # raises ConfigError for what is refused
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -82,7 +82,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_rounding_explains_is_no_alarm(name):
     made, kl, quantization_kl = ACCEPTED[name]
-    World(made, [kl], quantization_kl).check()
+    World(made, [kl], quantization_kl).check()  # raises ConfigError for an alarm
 
 
 @pytest.mark.parametrize("name", REFUSED)

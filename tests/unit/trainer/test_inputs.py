@@ -56,7 +56,8 @@ def test_the_same_content_is_the_same_under_every_name(world, tmp_path):
     (tmp_path / "copy.py").write_text("# paid in full\ndef score(response):\n\n    return 1.0\n")
     (tmp_path / "model" / "README.md").write_text("notes")
     for path in ("./model/", f"{tmp_path}/model", "link"):
-        refuse_other_inputs(before, world(model__path=path, reward__function="copy.py:score"), {})
+        now = world(model__path=path, reward__function="copy.py:score")
+        assert refuse_other_inputs(before, now, {}) is None  # raises ConfigError for other content
 
 
 @pytest.mark.parametrize(
