@@ -18,12 +18,15 @@ set -e
 hostname "qurl-$1"
 mount --make-rprivate /
 mount -t proc proc /proc
+mount --bind "$3" /srv  # a checkout below /tmp or /mnt would be hidden
 mount -t tmpfs tmpfs /mnt
 mkdir /mnt/shared /mnt/own
 mount --bind "$2" /mnt/shared
 mount --bind "$2/hosts" /etc/hosts
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs -o size=1g tmpfs /dev/shm
+mkdir -p "$3"
+mount --bind /srv "$3"
 ip link set lo up
 echo ready
 cat > /dev/null  # until the test ends, in whatever way
@@ -56,7 +59,7 @@ class Hosts:
         (self._shared / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
         for name in ADDRESSES:
             init = subprocess.Popen(
-                [*UNSHARE, "bash", "-c", INIT, "init", name, str(self._shared)],
+                [*UNSHARE, "bash", "-c", INIT, "init", name, str(self._shared), str(ROOT)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
             self._inits[name] = init
